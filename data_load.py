@@ -1,0 +1,129 @@
+"""Data sets as uint8 tensors that live on the device, and batches of them.
+
+Every set is read whole (MNIST takes 47 MB) and its pixels and labels are checked against a known md5, whether the files
+were downloaded, shipped or copied by hand. Images become floats in [0, 1] one batch at a time.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dependencies import datasets
+from utils import InputError
+
+DIGITS_DIR = Path(__file__).resolve().parent / "digits"
+
+# md5 of pixels and labels, as uint8 without file headers.
+_FINGERPRINTS = {
+    ("mnist", True): ("6510e85a72c3e9475c492d559d3770d2", "e86ee40d66677c011a9abda399ec8c4d"),
+    ("mnist", False): ("240610fa99e73bfa49df8e7fc24d3206", "073c3904dfbd3e141ff8aa01cfde6b15"),
+    ("digits", True): ("10b4fcd9bad0de9d27af358a73feadec", "7dc8a8db1ef897f901ebfc7da7de9514"),
+    ("digits", False): ("191569c3f3903696ecb37f8df7fc6a81", "f8a3d21f400aa73985cb5c2ee250224b"),
+}
+
+
+@dataclass
+class ImageSet:
+    """Images and labels on one device.
+
+    Attributes:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, indices: slice | Tensor) -> ImageSet:
+        return ImageSet(self.images[indices], self.labels[indices])
+
+    def to(self, device: torch.device) -> ImageSet:
+        return ImageSet(self.images.to(device), self.labels.to(device))
+
+    def batches(
+        self, batch_size: int, generator: torch.Generator | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches (x, y, indices): x (B, C, H, W) float32 in [0, 1], y (B,), indices (B,) into this set.
+
+        In order without a `generator`; shuffled by it (a CPU generator) otherwise. The last batch may be smaller.
+        """
+        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
+        for indices in order.to(self.labels.device).split(batch_size):
+            yield self.images[indices].float() / 255, self.labels[indices], indices
+
+
+def load_data(data: str, data_dir: str | Path, train: bool) -> ImageSet:
+    """A data set by name, on the CPU.
+
+    data: `mnist` (read, or downloaded, by torchvision below `data_dir`) or `digits` (shipped with the repository).
+
+    Raises:
+        InputError: if it is unknown, cannot be had, or is damaged.
+    """
+    if data not in _READERS:
+        raise InputError(f"unknown data '{data}'; choose from {', '.join(_READERS)}")
+    images, labels = _READERS[data](Path(data_dir), train)
+    found = tuple(hashlib.md5(array.tobytes()).hexdigest() for array in (images, labels))
+    if found != _FINGERPRINTS[data, train]:
+        folder = DIGITS_DIR if data == "digits" else Path(data_dir)
+        raise InputError(f"the {data} files in {folder} are damaged (wrong md5); delete them and fetch them again")
+    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels).long())
+
+
+def hold_out(images: ImageSet, count: int, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Split off `count` images drawn at random; returns what is left, and them.
+
+    Raises:
+        InputError: if that leaves nothing.
+    """
+    if count >= len(images):
+        raise InputError(f"--val_split {count} leaves none of the {len(images)} training images")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return images[order[count:].sort().values], images[order[:count].sort().values]
+
+
+def _read_digits(_: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
+    prefix = "train" if train else "t10k"
+    images = _read_idx(DIGITS_DIR / f"{prefix}-images-idx3-ubyte.gz")
+    return images[:, None], _read_idx(DIGITS_DIR / f"{prefix}-labels-idx1-ubyte.gz")
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """A gzipped idx file of bytes: two zero bytes, type 8, number of dimensions, sizes (big-endian), values."""
+    try:
+        raw = gzip.decompress(path.read_bytes())
+        dimensions = raw[3]
+        shape = np.frombuffer(raw, ">u4", count=dimensions, offset=4)
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
+    except (OSError, EOFError, ValueError, IndexError) as error:
+        raise InputError(f"cannot read {path}: {error}; restore it with `git checkout {path.parent.name}`") from None
+
+
+def _read_mnist(data_dir: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
+    mnist = _from_torchvision(lambda: datasets.MNIST(data_dir, train=train, download=True), "MNIST", data_dir)
+    return mnist.data.numpy()[:, None], mnist.targets.numpy().astype(np.uint8)
+
+
+def _from_torchvision(read: Callable[[], datasets.VisionDataset], name: str, data_dir: Path) -> datasets.VisionDataset:
+    try:
+        return read()
+    except (OSError, RuntimeError, ValueError, AssertionError, TypeError, KeyError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"cannot read or download {name} below {data_dir} ({reason[:160]}); "
+            f"without a network, put torchvision's files for it there, or name their folder with --data_dir"
+        ) from None
+
+
+_READERS = {"mnist": _read_mnist, "digits": _read_digits}

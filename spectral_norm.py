@@ -1,0 +1,302 @@
+"""Spectral norms of convolutions and dense layers, whole or with rows and columns switched off.
+
+This is the exchangeable part of the walk through the layers in `local_bound`. The walk hands an operator to a *norms*
+object and asks two questions:
+
+    whole(operator)                       the spectral norm ||W||, a scalar
+    masked(operator, in_mask, out_mask)   ||D_out W D_in|| for every image, (N,); asked after `whole`
+
+where the masks are (N, *shape) booleans, or None for "nothing is switched off"; with two None it may answer with the
+scalar ||W||. `PowerIteration` answers with
+differentiable estimates from below (the published method); anything else with these two methods can take its place.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LinearOperator(ABC):
+    """The linear part W of a layer `W x + b`, at a known position and for a known input shape.
+
+    Attributes:
+        position: where the layer stands in the network.
+        input_shape, output_shape: shapes of one image's activations before and after, without the batch.
+    """
+
+    def __init__(self, layer: nn.Module, position: int | str, input_shape: torch.Size):
+        self.layer = layer
+        self.position = position
+        self.input_shape = input_shape
+
+    @property
+    @abstractmethod
+    def output_shape(self) -> torch.Size: ...
+
+    @abstractmethod
+    def affine(self, x: Tensor) -> Tensor:
+        """W x + b. x: (N, *input_shape); returns (N, *output_shape)."""
+
+    @abstractmethod
+    def apply(self, x: Tensor) -> Tensor:
+        """W x. x: (N, *input_shape); returns (N, *output_shape)."""
+
+    @abstractmethod
+    def adjoint(self, y: Tensor) -> Tensor:
+        """W^T y. y: (N, *output_shape); returns (N, *input_shape)."""
+
+    @abstractmethod
+    def absolute(self, x: Tensor) -> Tensor:
+        """|W| x, entry by entry absolute. x: (N, *input_shape); returns (N, *output_shape)."""
+
+    @abstractmethod
+    def row_norms(self) -> Tensor:
+        """L2 norm of the row of W that makes an output, or more; broadcasts over (N, *output_shape)."""
+
+
+class Dense(LinearOperator):
+    """The matrix of an `nn.Linear`."""
+
+    @property
+    def output_shape(self) -> torch.Size:
+        return torch.Size([self.layer.out_features])
+
+    def affine(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.layer.weight)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return y @ self.layer.weight
+
+    def absolute(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.layer.weight.abs())
+
+    def row_norms(self) -> Tensor:
+        return self.layer.weight.norm(dim=1)  # (H,)
+
+
+class Conv(LinearOperator):
+    """The zero-padded convolution of an `nn.Conv2d`, of any kernel, stride, padding, dilation and groups.
+
+    Raises:
+        TypeError: if the layer pads with anything but zeros, or unevenly (`padding="same"` with an even kernel).
+    """
+
+    def __init__(self, layer: nn.Conv2d, position: int | str, input_shape: torch.Size):
+        super().__init__(layer, position, input_shape)
+        if layer.padding_mode != "zeros":
+            raise TypeError(f"Conv2d at position {position}: padding_mode '{layer.padding_mode}' is not supported")
+        self._padding = self._explicit_padding()
+
+    def _explicit_padding(self) -> tuple[int, int]:
+        if self.layer.padding == "valid":
+            return (0, 0)
+        if self.layer.padding != "same":
+            return self.layer.padding
+        reach = [d * (k - 1) for d, k in zip(self.layer.dilation, self.layer.kernel_size)]
+        if any(r % 2 for r in reach):
+            raise TypeError(f"Conv2d at position {self.position}: padding 'same' pads unevenly for an even kernel")
+        return (reach[0] // 2, reach[1] // 2)
+
+    def _size_after(self, axis: int) -> int:
+        layer = self.layer
+        reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
+        return (self.input_shape[1 + axis] + 2 * self._padding[axis] - reach - 1) // layer.stride[axis] + 1
+
+    @property
+    def output_shape(self) -> torch.Size:
+        return torch.Size([self.layer.out_channels, self._size_after(0), self._size_after(1)])
+
+    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        layer = self.layer
+        return F.conv2d(x, weight, None, layer.stride, self._padding, layer.dilation, layer.groups)
+
+    def affine(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self._convolve(x, self.layer.weight)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        layer = self.layer
+        # With a stride, several input sizes give the same output size; output_padding names the one meant here.
+        unreached = [
+            self.input_shape[1 + a]
+            - ((y.shape[2 + a] - 1) * layer.stride[a] - 2 * self._padding[a])
+            - layer.dilation[a] * (layer.kernel_size[a] - 1)
+            - 1
+            for a in (0, 1)
+        ]
+        return F.conv_transpose2d(
+            y, layer.weight, None, layer.stride, self._padding, unreached, layer.groups, layer.dilation
+        )
+
+    def absolute(self, x: Tensor) -> Tensor:
+        return self._convolve(x, self.layer.weight.abs())
+
+    def row_norms(self) -> Tensor:
+        # At the border the padding cuts the row, so one kernel's norm is an upper bound there.
+        return self.layer.weight.flatten(1).norm(dim=1)[:, None, None]  # (C_out, 1, 1)
+
+
+class PowerIteration:
+    """Spectral norms by power iteration: estimates that approach the true norm from below.
+
+    Iterations run without a graph; only the last product v . (W u) is differentiated, which at convergence is the
+    gradient of the norm itself. Singular vectors are kept between calls and warm-start the next one. A vector lives
+    on the input or on the output side of its operator, whichever it was given on; fresh ones on the smaller side.
+
+    Args:
+        iterations: products with W and with its transpose, each this many times per call.
+        local_vectors: start vectors of the masked norms by position, one per image: (N, *shape). Replace them
+            whenever the images change, or set to {} for fresh ones.
+        global_vectors: start vectors of the whole norms by position: (1, *shape).
+        seed: of the random start vectors where none are given.
+    """
+
+    def __init__(
+        self,
+        iterations: int,
+        local_vectors: Mapping[int | str, Tensor] | None = None,
+        global_vectors: Mapping[int | str, Tensor] | None = None,
+        seed: int = 0,
+    ):
+        if iterations < 1:
+            raise ValueError(f"power iteration needs at least one iteration, got {iterations}")
+        self.iterations = iterations
+        self.local_vectors = dict(local_vectors or {})
+        self.global_vectors = dict(global_vectors or {})
+        self._whole: dict[int | str, Tensor] = {}
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def whole(self, operator: LinearOperator) -> Tensor:
+        """||W||, a scalar that carries the gradient with respect to the weight."""
+        start = self.global_vectors.get(operator.position)
+        if start is None:
+            start = self._random(1, operator)
+        norm, self.global_vectors[operator.position] = self._iterate(operator, start, None, None)
+        self._whole[operator.position] = norm[0]
+        return norm[0]
+
+    def masked(self, operator: LinearOperator, in_mask: Tensor | None, out_mask: Tensor | None) -> Tensor:
+        """||D_out W D_in|| for every image: (N,). Without masks the norm just computed by `whole`, a scalar.
+
+        in_mask: (N, *input_shape), out_mask: (N, *output_shape) booleans; None switches nothing off.
+        """
+        start = self.local_vectors.get(operator.position)
+        if in_mask is None and out_mask is None:
+            if start is None:
+                return self._whole[operator.position]
+            count = len(start)
+        else:
+            count = len(out_mask if in_mask is None else in_mask)
+        if start is None or len(start) != count:
+            start = self._fresh(count, operator)
+        norm, self.local_vectors[operator.position] = self._iterate(operator, start, in_mask, out_mask)
+        return norm
+
+    def _random(self, count: int, operator: LinearOperator) -> Tensor:
+        shape = min(operator.input_shape, operator.output_shape, key=torch.Size.numel)
+        weight = operator.layer.weight
+        start = torch.randn(count, *shape, generator=self._generator, dtype=weight.dtype).to(weight.device)
+        return _unit(start, start)
+
+    def _fresh(self, count: int, operator: LinearOperator) -> Tensor:
+        # A mask that eliminates little moves the leading vector little; the random part reaches what is left
+        # when the mask eliminates the whole of it.
+        start = self._random(count, operator)
+        known = self.global_vectors.get(operator.position)
+        if known is None or known.shape[1:] != start.shape[1:]:
+            return start
+        mixed = known + 0.1 * start
+        return _unit(mixed, start)
+
+    def _iterate(
+        self, operator: LinearOperator, start: Tensor, in_mask: Tensor | None, out_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """One norm per start vector and the vectors after the run, on the side of the start vectors."""
+
+        def forward(u: Tensor) -> Tensor:
+            image = operator.apply(u)
+            return image if out_mask is None else image * out_mask
+
+        def backward(v: Tensor) -> Tensor:
+            image = operator.adjoint(v)
+            return image if in_mask is None else image * in_mask
+
+        on_input_side = start.shape[1:] == operator.input_shape
+        with torch.no_grad():
+            if on_input_side:
+                u = start if in_mask is None else start * in_mask
+                rounds = self.iterations
+            else:
+                v = start if out_mask is None else start * out_mask
+                u = _unit(backward(v), start.new_zeros(()))
+                rounds = self.iterations - 1
+            for _ in range(rounds):
+                v = _unit(forward(u), u.new_zeros(()))
+                u = _unit(backward(v), u)
+        image = forward(u)
+        if not on_input_side:
+            v = _unit(image.detach(), v)
+        norm = (v * image).flatten(1).sum(dim=1)  # (N,)
+        return norm, _kept(u if on_input_side else v, start)
+
+
+class StoredVectors:
+    """One singular vector per training image and layer, which warm-start the power iteration of the image's next visit.
+
+    Kept in half precision: a start vector needs no more. They lie on `device` if they take at most half of its free
+    memory, else in host memory.
+
+    Args:
+        images: number of images.
+        shapes: shape of one image's vector, by position.
+        device: where the vectors are used.
+        seed: of the start vectors.
+    """
+
+    def __init__(self, images: int, shapes: Mapping[int | str, torch.Size], device: torch.device, seed: int = 0):
+        self.bytes = 2 * images * sum(shape.numel() for shape in shapes.values())
+        self._used_on = device
+        self.device = device if self._fits(device) else torch.device("cpu")
+        generator = torch.Generator().manual_seed(seed)
+        self._vectors = {}
+        for position, shape in shapes.items():
+            vector = torch.randn(1, *shape, generator=generator) / shape.numel() ** 0.5
+            self._vectors[position] = vector.half().to(self.device).repeat(images, *[1] * len(shape))
+
+    def _fits(self, device: torch.device) -> bool:
+        return device.type != "cuda" or self.bytes <= torch.cuda.mem_get_info(device)[0] / 2
+
+    def read(self, indices: Tensor) -> dict[int | str, Tensor]:
+        """Start vectors (B, *shape) in float32 of the images at `indices`, by position."""
+        rows = indices.to(self.device)
+        read = {p: vectors[rows].to(self._used_on).float() for p, vectors in self._vectors.items()}
+        # A little of everything: a part of the layer that was masked out at the last visit may have come back since.
+        return {p: vectors + 1e-3 / vectors[0].numel() ** 0.5 for p, vectors in read.items()}
+
+    def write(self, indices: Tensor, vectors: Mapping[int | str, Tensor]) -> None:
+        """Keep what the iteration has come to for the images at `indices`."""
+        rows = indices.to(self.device)
+        for position, kept in self._vectors.items():
+            kept[rows] = vectors[position].to(self.device, torch.half)
+
+
+def _unit(x: Tensor, otherwise: Tensor) -> Tensor:
+    """x / ||x|| for every row; `otherwise` where ||x|| is zero. x: (N, ...)."""
+    length = x.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
+    return torch.where(length > 0, x / length, otherwise)
+
+
+def _kept(vector: Tensor, start: Tensor) -> Tensor:
+    """The vector to warm-start from: never zero, or a norm would stay zero after the layer has come back to life."""
+    alive = vector.flatten(1).any(dim=1).view(-1, *[1] * (vector.dim() - 1))
+    return torch.where(alive, vector, start)

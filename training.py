@@ -1,0 +1,317 @@
+"""The training loop that all training scripts share: schedules, epochs, logs, checkpoints, resuming."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import utils
+from data_load import ImageSet, hold_out, load_data
+from local_bound import bcp_loss, gloro_loss, propagate, worst_logits, worst_margin
+from spectral_norm import PowerIteration, StoredVectors
+from utils import InputError
+
+# Power iterations per step of the first resumed epoch, in place of the singular vectors that checkpoints do not hold.
+RESUME_ITERATIONS = 30
+# Batches between two looks at the loss; on a GPU every look waits for the device.
+BATCHES_PER_LOOK = 20
+
+
+class TrainingDiverged(Exception):
+    """The loss is not finite; names epoch, batch and epsilon."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Radius, loss weight and learning rate over a training of so many epochs (METHOD of the paper, appendix).
+
+    Attributes:
+        epochs, warmup, rampup: lengths in epochs.
+        epsilon: radius at the end of the ramp-up, pixel space.
+        lr, end_lr: learning rate of the first and the last epoch.
+        constant_epochs: epochs before the decay begins; None: no decay.
+    """
+
+    epochs: int
+    warmup: int
+    rampup: int
+    epsilon: float
+    lr: float
+    end_lr: float
+    constant_epochs: float | None
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace) -> Schedule:
+        constant = args.epochs / 2 + args.more if args.lr_scheduler == "exp" else None
+        return cls(args.epochs, args.warmup, args.rampup, args.epsilon_train, args.lr, args.end_lr, constant)
+
+    def ramp(self, time: float) -> float:
+        """Share of the ramp-up that is done, 0 to 1. time: in epochs, with fractions."""
+        if self.rampup == 0:
+            return float(time >= self.warmup)
+        return min(max((time - self.warmup) / self.rampup, 0.0), 1.0)
+
+    def epsilon_at(self, time: float) -> float:
+        return self.epsilon * self.ramp(time)
+
+    def kappa_at(self, time: float) -> float:
+        """Weight of the clean loss in the BCP loss."""
+        return 1.0 - self.ramp(time)
+
+    def lr_at(self, epoch: int) -> float:
+        """Constant, then exponential from lr to end_lr, which the last epoch has."""
+        if self.constant_epochs is None or epoch < self.constant_epochs or self.constant_epochs >= self.epochs:
+            return self.lr
+        decay = (epoch - (self.constant_epochs - 1)) / (self.epochs - self.constant_epochs)
+        return self.lr * (self.end_lr / self.lr) ** decay
+
+
+class Tally:
+    """Sums over the images of an epoch, kept on the device so that counting does not wait for it."""
+
+    def __init__(self, device: torch.device):
+        self.images = 0
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, clean errors, certified errors
+
+    def add(self, loss: Tensor, logits: Tensor, worst: Tensor, y: Tensor) -> None:
+        clean_errors = (logits.argmax(dim=1) != y).sum()
+        certified_errors = (~(worst_margin(worst, y) > 0)).sum()
+        self.images += len(y)
+        self._sums += torch.stack([loss.detach() * len(y), clean_errors, certified_errors])
+
+    def means(self) -> tuple[float, float, float]:
+        """Mean loss, clean error and certified error, the errors as fractions."""
+        loss, clean, certified = (self._sums / max(self.images, 1)).tolist()
+        return loss, clean, certified
+
+
+def run(args: argparse.Namespace) -> None:
+    """What a training script does with its arguments: data, network, then `train`."""
+    device = utils.select_device(args.device)
+    torch.manual_seed(args.seed)
+    model = utils.select_model(args.data, args.model, args.init, args.width).to(device)
+    training_set = load_data(args.data, args.data_dir, train=True)
+    if args.val_split:
+        training_set, validation_set = hold_out(training_set, args.val_split, args.seed)
+    else:
+        validation_set = load_data(args.data, args.data_dir, train=False)
+    train(model, training_set.to(device), validation_set.to(device), args)
+
+
+def train(
+    model: nn.Sequential,
+    training_set: ImageSet,
+    validation_set: ImageSet,
+    args: argparse.Namespace,
+) -> None:
+    """Train as `args` (see `utils.training_arguments`) say, leaving below `args.output_dir`:
+
+        PREFIX_checkpoint.pth  the last epoch, with all that resuming needs
+        PREFIX_best.pth        the epoch with the smallest certified error on the validation set
+        PREFIX_epochs.csv      one row per epoch
+
+    model and both sets have to be on one device. Errors count an image as certified by the power-iteration estimate.
+
+    Raises:
+        InputError: if the prefix has a run already, or --resume finds none that fits.
+        TrainingDiverged: at a loss that is not finite; the checkpoints stay as they are.
+    """
+    _Run(model, training_set, validation_set, args).train()
+
+
+class _Run:
+    def __init__(
+        self, model: nn.Sequential, training_set: ImageSet, validation_set: ImageSet, args: argparse.Namespace
+    ):
+        self.model, self.training_set, self.validation_set, self.args = model, training_set, validation_set, args
+        self.device = training_set.labels.device
+        self.schedule = Schedule.from_arguments(args)
+        self.files = RunFiles(Path(args.output_dir), args.prefix)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+        self.shuffle = torch.Generator().manual_seed(args.seed)
+        self.norms = PowerIteration(args.sniter, seed=args.seed)
+        self.epoch = 0
+        self.best_error = math.inf
+        self.rows: list[dict[str, Any]] = []
+        self.batches = math.ceil(len(training_set) / args.batch_size)
+        if args.resume:
+            self._resume()
+        else:
+            self.files.refuse_existing(args.overwrite)
+        self.stored = self._make_stored_vectors()
+
+    def train(self) -> None:
+        first, args = self.epoch, self.args
+        tqdm.write(
+            f"{len(self.training_set)} training images, {len(self.validation_set)} "
+            + (f"held out for validation (--val_split {args.val_split})" if args.val_split else
+               "test images that pick the best epoch (--val_split 0, the paper's protocol)")
+        )  # fmt: skip
+        tqdm.write(f"singular vectors: {self.stored.bytes / 1e6:,.1f} MB in half precision on {self.stored.device}")
+        total = args.epochs * self.batches
+        with tqdm(total=total, initial=first * self.batches, unit="batch", disable=None, dynamic_ncols=True) as bar:
+            for epoch in range(first, args.epochs):
+                started = time.perf_counter()
+                self.norms.iterations = max(args.sniter, RESUME_ITERATIONS) if 0 < epoch == first else args.sniter
+                row = self._train_epoch(epoch, bar) | self._validate()
+                row["seconds"] = round(time.perf_counter() - started, 2)
+                self._finish_epoch(epoch, row)
+        tqdm.write(f"best certified error {self.best_error:.2%}: {self.files.best}")
+
+    def _train_epoch(self, epoch: int, bar: tqdm) -> dict[str, Any]:
+        bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}")
+        self.model.train()
+        lr = self.schedule.lr_at(epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        tally = Tally(self.device)
+        unfinite = torch.full((), self.batches, device=self.device)  # first batch whose loss is not finite
+        batches = self.training_set.batches(self.args.batch_size, self.shuffle)
+        for batch, (x, y, indices) in enumerate(batches):
+            moment = epoch + batch / self.batches
+            loss = self._step(x, y, indices, moment, tally)
+            unfinite = torch.where(loss.isfinite(), unfinite, unfinite.clamp(max=batch))
+            bar.update()
+            if batch % BATCHES_PER_LOOK == 0 or batch == self.batches - 1:
+                self._refuse_unfinite(epoch, int(unfinite))
+                mean, clean, certified = tally.means()
+                bar.set_postfix(loss=f"{mean:.3f}", clean=f"{clean:.2%}", certified=f"{certified:.2%}")
+        mean, clean, certified = tally.means()
+        return {
+            "epoch": epoch + 1,
+            "epsilon": round(self.schedule.epsilon_at(epoch + 1), 6),
+            "kappa": round(self.schedule.kappa_at(epoch + 1), 6),
+            "lr": lr,
+            "loss": mean,
+            "clean_error": clean,
+            "certified_error": certified,
+        }
+
+    def _step(self, x: Tensor, y: Tensor, indices: Tensor, moment: float, tally: Tally) -> Tensor:
+        args = self.args
+        self.norms.local_vectors = self.stored.read(indices)
+        bound = propagate(self.model, x, self.schedule.epsilon_at(moment), self.norms)
+        worst = worst_logits(bound, y, args.opt_iter)
+        if args.gloro:
+            loss = gloro_loss(bound.logits, worst, y)
+        else:
+            loss = bcp_loss(bound.logits, worst, y, self.schedule.kappa_at(moment))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        for layer in self.model.modules():
+            if isinstance(layer, utils.ReLU_x):
+                layer.project()
+        self.stored.write(indices, self.norms.local_vectors)
+        tally.add(loss, bound.logits, worst, y)
+        return loss.detach()
+
+    def _refuse_unfinite(self, epoch: int, batch: int) -> None:
+        if batch < self.batches:
+            epsilon = self.schedule.epsilon_at(epoch + batch / self.batches)
+            raise TrainingDiverged(
+                f"the loss is not finite in epoch {epoch + 1}, batch {batch + 1}, at epsilon {epsilon:.6g}; "
+                f"the last good checkpoint is untouched"
+            )
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        self.model.eval()
+        tally = Tally(self.device)
+        norms = PowerIteration(self.args.test_sniter, global_vectors=self.norms.global_vectors, seed=self.args.seed)
+        for x, y, _ in self.validation_set.batches(self.args.test_batch_size):
+            norms.local_vectors = {}
+            bound = propagate(self.model, x, self.args.epsilon, norms)
+            worst = worst_logits(bound, y, self.args.test_opt_iter)
+            tally.add(torch.zeros_like(bound.radius[0]), bound.logits, worst, y)
+        _, clean, certified = tally.means()
+        return {"validation_clean_error": clean, "validation_certified_error": certified}
+
+    def _finish_epoch(self, epoch: int, row: dict[str, Any]) -> None:
+        self.epoch = epoch + 1
+        self.rows.append(row)
+        error = row["validation_certified_error"]
+        published = {"state_dict": self.model.state_dict(), "err": error, "epoch": self.epoch}
+        is_best = error < self.best_error
+        if is_best:
+            self.best_error = error
+            utils.save_checkpoint(self.files.best, published | {"arguments": vars(self.args)})
+        utils.save_checkpoint(self.files.checkpoint, published | self._resume_state())
+        self.files.write_rows(self.rows)
+        tqdm.write(
+            f"epoch {self.epoch}/{self.args.epochs}  epsilon {row['epsilon']:.4f}  lr {row['lr']:.2e}  "
+            f"loss {row['loss']:.4f}  error: train clean {row['clean_error']:.2%} certified "
+            f"{row['certified_error']:.2%}, validation clean {row['validation_clean_error']:.2%} certified "
+            f"{error:.2%}{' (best)' if is_best else ''}  {row['seconds']:.1f} s"
+        )
+
+    def _resume_state(self) -> dict[str, Any]:
+        return {
+            "arguments": vars(self.args),
+            "optimizer": self.optimizer.state_dict(),
+            "best_error": self.best_error,
+            "global_vectors": self.norms.global_vectors,
+            "shuffle": self.shuffle.get_state(),
+            "rows": self.rows,
+        }
+
+    def _resume(self) -> None:
+        checkpoint = utils.load_checkpoint(self.files.checkpoint)
+        missing = {"epoch", *self._resume_state()} - checkpoint.keys()
+        if missing:
+            raise InputError(f"{self.files.checkpoint} cannot be resumed: it has no {', '.join(sorted(missing))}")
+        self._refuse_other_arguments(checkpoint["arguments"])
+        utils.load_weights(self.model, checkpoint["state_dict"], str(self.files.checkpoint))
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.norms.global_vectors = {p: v.to(self.device) for p, v in checkpoint["global_vectors"].items()}
+        self.shuffle.set_state(checkpoint["shuffle"])
+        self.epoch, self.best_error, self.rows = checkpoint["epoch"], checkpoint["best_error"], checkpoint["rows"]
+        tqdm.write(f"resuming after epoch {self.epoch} of {self.args.epochs}")
+
+    def _refuse_other_arguments(self, saved: dict[str, Any]) -> None:
+        may_differ = {"device", "data_dir", "output_dir", "prefix", "resume", "overwrite", "test_batch_size"}
+        for name, value in vars(self.args).items():
+            if name not in may_differ and saved.get(name) != value:
+                raise InputError(f"cannot resume {self.files.checkpoint}: it ran with --{name} {saved.get(name)}, not {value}")
+
+    def _make_stored_vectors(self) -> StoredVectors:
+        """Room for one singular vector per image and layer; one image shows which layers ask for one."""
+        probe = PowerIteration(1)
+        with torch.no_grad():
+            image, _, _ = next(self.training_set[:1].batches(1))
+            propagate(self.model, image, 0.0, probe)
+        shapes = {position: vector.shape[1:] for position, vector in probe.local_vectors.items()}
+        return StoredVectors(len(self.training_set), shapes, self.device, self.args.seed)
+
+
+class RunFiles:
+    """The files of a run below one prefix."""
+
+    def __init__(self, folder: Path, prefix: str):
+        stem = folder / prefix
+        self.best, self.checkpoint, self.log = (
+            stem.with_name(stem.name + ending) for ending in ("_best.pth", "_checkpoint.pth", "_epochs.csv")
+        )
+        utils.check_writable(stem.parent)
+
+    def refuse_existing(self, overwrite: bool) -> None:
+        for path in (self.best, self.checkpoint, self.log):
+            if path.exists() and not overwrite:
+                raise InputError(f"{path} exists; choose another --prefix, or --resume, or --overwrite")
+
+    def write_rows(self, rows: list[dict[str, Any]]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        utils.write_atomically(self.log, lambda temporary: temporary.write_text(text.getvalue()))

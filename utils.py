@@ -1,0 +1,355 @@
+"""Architectures, hyper-parameters and checkpoint files: what training and evaluation have to agree on."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used. The scripts print its one line on stderr and exit with code 2."""
+
+
+def run_script(main: Callable[[], None]) -> NoReturn:
+    """Run a script's `main`: exit code 2 and one line for bad input, 130 for Ctrl-C."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+# --- activations -----------------------------------------------------------------------------------------------------
+
+
+def _feature_shape(input_size: int | Sequence[int]) -> tuple[int, ...]:
+    """(H,) or (C, H, W), whether or not a leading batch dimension of 1 was given."""
+    shape = (input_size,) if isinstance(input_size, int) else tuple(input_size)
+    if len(shape) in (2, 4) and shape[0] == 1:
+        shape = shape[1:]
+    if len(shape) not in (1, 3):
+        raise ValueError(f"expected the shape (H,) or (C, H, W) of one image's activations, got {tuple(shape)}")
+    return shape
+
+
+class ReLU_x(nn.Module):
+    """Clipped ReLU, min(max(x, 0), threshold), with one learnable threshold >= 0 per entry (paper, section 4).
+
+    Args:
+        input_size: (C, H, W) or (H,), with or without a leading 1 for the batch.
+        init: start value of every threshold.
+    """
+
+    def __init__(self, input_size: int | Sequence[int], init: float = 1.0):
+        super().__init__()
+        self.threshold = nn.Parameter(torch.full((1, *_feature_shape(input_size)), float(init)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.minimum(torch.relu(x), self.threshold)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Bring the thresholds back to what the layer's definition allows; to be called after an optimizer step."""
+        self.threshold.clamp_(min=0)
+
+
+class ClampGroupSort(nn.Module):
+    """Clipped MaxMin: the channels split in halves a | b, out = [min(max(a, b), max), max(min(a, b), min)].
+
+    Args:
+        input_size: (C, H, W) or (H,) with C or H even, with or without a leading 1 for the batch.
+        maxthres, minthres: start values of the learnable `max` and `min`, one each per entry of a half.
+    """
+
+    def __init__(self, input_size: int | Sequence[int], maxthres: float, minthres: float):
+        super().__init__()
+        channels, *rest = _feature_shape(input_size)
+        if channels % 2:
+            raise ValueError(f"clipped MaxMin pairs the channels, so their number must be even, got {channels}")
+        self.min = nn.Parameter(torch.full((1, channels // 2, *rest), float(minthres)))
+        self.max = nn.Parameter(torch.full((1, channels // 2, *rest), float(maxthres)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=1)
+        return torch.cat([torch.minimum(torch.maximum(a, b), self.max), torch.maximum(torch.minimum(a, b), self.min)], 1)
+
+
+# --- architectures ---------------------------------------------------------------------------------------------------
+
+INPUT_SHAPES = {"mnist": (1, 28, 28), "digits": (1, 28, 28)}
+CLASSES = {"mnist": 10, "digits": 10}
+
+# Convolutions as (channels, kernel, stride, padding), then the sizes of the hidden dense layers.
+_4C3F = ([(32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)], [512, 512])
+_MODELS = {
+    "relux": (_4C3F, "relux"),
+    "standrelu": (_4C3F, "relu"),
+}
+MODELS = {"mnist": _MODELS, "digits": _MODELS}
+
+
+def select_model(data: str, model: str, init: float = 1.0, width: float = 1.0) -> nn.Sequential:
+    """The network of a published name for a data set, freshly initialised, on the CPU.
+
+    Convolution weights are drawn from N(0, 2 / (kh kw c_out)) with zero bias; dense layers keep PyTorch's default.
+
+    Args:
+        data: `mnist` or `digits`.
+        model: `relux` (4C3F with clipped ReLU) or `standrelu` (4C3F with plain ReLU).
+        init: start value of the thresholds of clipped ReLU.
+        width: fraction of the published number of channels and hidden units.
+
+    Raises:
+        InputError: for a name that does not exist or a width that leaves no channels.
+    """
+    if data not in MODELS:
+        raise InputError(f"unknown data '{data}'; choose from {', '.join(MODELS)}")
+    if model not in MODELS[data]:
+        raise InputError(f"unknown model '{model}' for {data}; choose from {', '.join(MODELS[data])}")
+    if not 0 < width <= 16:
+        raise InputError(f"--width must lie in (0, 16], got {width}")
+    (convolutions, hidden), activation = MODELS[data][model]
+    make_activation = {"relux": lambda shape: ReLU_x(shape, init), "relu": lambda shape: nn.ReLU()}[activation]
+
+    channels, *size = INPUT_SHAPES[data]
+    layers: list[nn.Module] = []
+    for out_channels, kernel, stride, padding in convolutions:
+        out_channels = max(1, round(out_channels * width))
+        conv = nn.Conv2d(channels, out_channels, kernel, stride, padding)
+        nn.init.normal_(conv.weight, 0.0, math.sqrt(2.0 / (kernel * kernel * out_channels)))
+        nn.init.zeros_(conv.bias)
+        channels = out_channels
+        size = [(s + 2 * padding - kernel) // stride + 1 for s in size]
+        layers += [conv, make_activation((channels, *size))]
+    layers.append(nn.Flatten())
+    features = channels * math.prod(size)
+    for units in hidden:
+        units = max(1, round(units * width))
+        layers += [nn.Linear(features, units), make_activation((units,))]
+        features = units
+    layers.append(nn.Linear(features, CLASSES[data]))
+    return nn.Sequential(*layers)
+
+
+# --- devices ---------------------------------------------------------------------------------------------------------
+
+
+def select_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that exists; full float32 precision on CUDA (no TF32).
+
+    Raises:
+        InputError: if the device does not exist on this machine.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"unknown device '{name}'; choose auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device '{name}' is not supported; choose auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device '{name}' does not exist here: {torch.cuda.device_count()} CUDA devices found")
+    return device
+
+
+# --- hyper-parameters ------------------------------------------------------------------------------------------------
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that answers a wrong flag with one line and refuses abbreviated flags."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (--help lists the flags)", file=sys.stderr)
+        sys.exit(2)
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def natural_int(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
+    return value
+
+
+def natural_float(text: str) -> float:
+    value = float(text)
+    if not (value >= 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"must be a finite number >= 0, got {text}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = natural_float(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be greater than 0")
+    return value
+
+
+def add_common_flags(parser: argparse.ArgumentParser, data_sets: Sequence[str]) -> None:
+    """The flags that training and evaluation share."""
+    models = sorted({model for data in data_sets for model in MODELS[data]})
+    parser.add_argument("--data", choices=data_sets, default=data_sets[0], help="data set")
+    parser.add_argument("--data_dir", default="data", help="folder of the data sets; absent ones are downloaded there")
+    parser.add_argument("--model", choices=models, default="relux", help="network")
+    parser.add_argument("--width", type=positive_float, default=1.0, help="fraction of the published channel numbers")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--seed", type=natural_int, default=2019, help="of every random number")
+    parser.add_argument("--test_batch_size", type=positive_int, default=256, help="images per evaluated batch")
+
+
+def training_arguments(description: str, data_sets: Sequence[str], defaults: Mapping[str, Any]) -> argparse.Namespace:
+    """Parse the command line of a training script. The scripts differ in their data sets and defaults only.
+
+    Exits with code 2 and one line on a wrong flag.
+
+    Raises:
+        InputError: if the schedule does not fit together.
+    """
+    parser = ArgumentParser(description)
+    add_common_flags(parser, data_sets)
+    flag = parser.add_argument
+    flag("--prefix", help="names the run's files, below --output_dir; default: DATA_MODEL")
+    flag("--output_dir", default="runs", help="folder of checkpoints and logs")
+    flag("--resume", action="store_true", help="go on from the run's last checkpoint")
+    flag("--overwrite", action="store_true", help="start afresh even if the prefix has a run already")
+    flag("--epochs", type=positive_int, help="length of the training")
+    flag("--warmup", type=natural_int, help="epochs at epsilon 0, with the clean loss only")
+    flag("--rampup", type=natural_int, help="epochs in which epsilon rises and kappa falls, after the warm-up")
+    flag("--scale", type=positive_float, default=1.0, help="shorten (or stretch) epochs, warm-up and ramp-up alike")
+    flag("--epsilon", type=natural_float, help="L2 radius of validation, in pixel space (pixels in [0, 1])")
+    flag("--epsilon_train", type=natural_float, help="L2 radius at the end of the ramp-up")
+    flag("--gloro", action="store_true", help="GloRo loss instead of BCP loss")
+    flag("--sniter", type=positive_int, help="power iterations per training step")
+    flag("--test_sniter", type=positive_int, default=20, help="power iterations per validated batch")
+    flag("--opt_iter", type=positive_int, default=1, help="rounds of pinning for the worst-case logits")
+    flag("--test_opt_iter", type=positive_int, default=1000, help="the same in validation")
+    flag("--init", type=natural_float, help="start value of the thresholds of clipped ReLU")
+    flag("--batch_size", type=positive_int, default=256, help="images per step")
+    flag("--lr", type=positive_float, help="learning rate of Adam")
+    flag("--end_lr", type=positive_float, help="learning rate of the last epoch")
+    flag("--lr_scheduler", choices=["exp", "constant"], default="exp", help="exponential decay to end_lr, or none")
+    flag("--more", type=natural_int, help="epochs of constant learning rate beyond half of all; default: 25 of the "
+         "published number of epochs, in proportion")  # fmt: skip
+    flag("--no_augmentation", action="store_true", help="no random crops and flips (MNIST never has any)")
+    flag("--val_split", type=natural_int, default=0, help="training images held out to pick the best epoch on; 0: the "
+         "test set picks, as in the paper")  # fmt: skip
+    parser.set_defaults(**defaults)
+    args = parser.parse_args()
+    if args.resume and args.overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
+    args.prefix = args.prefix or f"{args.data}_{args.model}"
+    if args.more is None:
+        args.more = round(25 * args.epochs / defaults["epochs"])
+    args.epochs, args.warmup, args.rampup, args.more = (
+        round(n * args.scale) for n in (args.epochs, args.warmup, args.rampup, args.more)
+    )
+    if args.epochs < max(1, args.warmup + args.rampup):
+        raise InputError(
+            f"{args.epochs} epochs are shorter than warm-up and ramp-up ({args.warmup} + {args.rampup}); "
+            f"lower --warmup and --rampup too, or shorten all with --scale"
+        )
+    return args
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it: `path` is never half written.
+
+    Raises:
+        InputError: if the place cannot be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Create `folder` if need be and make sure that a file can be written there.
+
+    Raises:
+        InputError: if it cannot.
+    """
+    write_atomically(folder / "writable", lambda temporary: temporary.touch())
+    (folder / "writable").unlink()
+
+
+def save_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Write a checkpoint under a temporary name, then rename it."""
+    write_atomically(path, lambda temporary: torch.save(dict(checkpoint), temporary))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint as a dict with at least `state_dict`, on the CPU.
+
+    Takes the published layout {'state_dict', 'err', 'epoch'}, a bare state dict, and keys with a `module.` prefix.
+
+    Raises:
+        InputError: if the file is missing, damaged or no checkpoint.
+    """
+    if not path.is_file():
+        raise InputError(f"no checkpoint at {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path} is damaged or no checkpoint: {reason[:160]}") from None
+    checkpoint = dict(content) if isinstance(content, dict) and "state_dict" in content else {"state_dict": content}
+    state = checkpoint["state_dict"]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path} is no checkpoint: it holds no state dict")
+    checkpoint["state_dict"] = {key.removeprefix("module."): value for key, value in state.items()}
+    return checkpoint
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load a state dict into a model, all or nothing.
+
+    Raises:
+        InputError: if names or shapes belong to another architecture, or a weight is not finite.
+    """
+    expected = model.state_dict()
+    for key in [*expected, *state]:
+        if key not in state:
+            raise InputError(f"{source} is of another architecture: it has no '{key}'")
+        if key not in expected:
+            raise InputError(f"{source} is of another architecture: '{key}' does not belong to the chosen model")
+        if state[key].shape != expected[key].shape:
+            ours, theirs = tuple(expected[key].shape), tuple(state[key].shape)
+            raise InputError(f"{source} is of another architecture: '{key}' is {theirs}, the chosen model has {ours}")
+        if not torch.isfinite(state[key]).all():
+            raise InputError(f"{source} is unusable: '{key}' holds NaN or infinity")
+    model.load_state_dict(state)
