@@ -206,7 +206,7 @@ class PowerIteration:
         shape = min(operator.input_shape, operator.output_shape, key=torch.Size.numel)
         weight = operator.layer.weight
         start = torch.randn(count, *shape, generator=self._generator, dtype=weight.dtype).to(weight.device)
-        return _unit(start, start)
+        return _unit(start)
 
     def _fresh(self, count: int, operator: LinearOperator) -> Tensor:
         # A mask that eliminates little moves the leading vector little; the random part reaches what is left
@@ -216,38 +216,52 @@ class PowerIteration:
         if known is None or known.shape[1:] != start.shape[1:]:
             return start
         mixed = known + 0.1 * start
-        return _unit(mixed, start)
+        return _unit(mixed)
 
     def _iterate(
         self, operator: LinearOperator, start: Tensor, in_mask: Tensor | None, out_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """One norm per start vector and the vectors after the run, on the side of the start vectors."""
+        columns = None if in_mask is None else in_mask.to(start.dtype)
+        rows = None if out_mask is None else out_mask.to(start.dtype)
 
         def forward(u: Tensor) -> Tensor:
-            image = operator.apply(u)
-            return image if out_mask is None else image * out_mask
+            return _switch_off(operator.apply(u), rows)
 
         def backward(v: Tensor) -> Tensor:
-            image = operator.adjoint(v)
-            return image if in_mask is None else image * in_mask
+            return _switch_off(operator.adjoint(v), columns)
 
         on_input_side = start.shape[1:] == operator.input_shape
         with torch.no_grad():
             if on_input_side:
-                u = start if in_mask is None else start * in_mask
+                u = start if columns is None else start * columns
                 rounds = self.iterations
             else:
-                v = start if out_mask is None else start * out_mask
-                u = _unit(backward(v), start.new_zeros(()))
+                u = _unit(backward(start if rows is None else start * rows))
                 rounds = self.iterations - 1
             for _ in range(rounds):
-                v = _unit(forward(u), u.new_zeros(()))
-                u = _unit(backward(v), u)
+                v = forward(u)
+                u = _unit(backward(v))
         image = forward(u)
-        if not on_input_side:
-            v = _unit(image.detach(), v)
+        v = _unit(v if on_input_side else image.detach())
         norm = (v * image).flatten(1).sum(dim=1)  # (N,)
         return norm, _kept(u if on_input_side else v, start)
+
+
+def _switch_off(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x.mul_(mask)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x / ||x|| for every row, zero where ||x|| is zero. x: (N, ...)."""
+    length = x.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
+    return x * torch.where(length > 0, 1 / length, 0)
+
+
+def _kept(vector: Tensor, start: Tensor) -> Tensor:
+    """The vector to warm-start from: never zero, or a norm would stay zero after the layer has come back to life."""
+    alive = vector.flatten(1).any(dim=1).view(-1, *[1] * (vector.dim() - 1))
+    return torch.where(alive, vector, start)
 
 
 class StoredVectors:
@@ -288,15 +302,3 @@ class StoredVectors:
         rows = indices.to(self.device)
         for position, kept in self._vectors.items():
             kept[rows] = vectors[position].to(self.device, torch.half)
-
-
-def _unit(x: Tensor, otherwise: Tensor) -> Tensor:
-    """x / ||x|| for every row; `otherwise` where ||x|| is zero. x: (N, ...)."""
-    length = x.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
-    return torch.where(length > 0, x / length, otherwise)
-
-
-def _kept(vector: Tensor, start: Tensor) -> Tensor:
-    """The vector to warm-start from: never zero, or a norm would stay zero after the layer has come back to life."""
-    alive = vector.flatten(1).any(dim=1).view(-1, *[1] * (vector.dim() - 1))
-    return torch.where(alive, vector, start)

@@ -282,7 +282,9 @@ class _Run:
         may_differ = {"device", "data_dir", "output_dir", "prefix", "resume", "overwrite", "test_batch_size"}
         for name, value in vars(self.args).items():
             if name not in may_differ and saved.get(name) != value:
-                raise InputError(f"cannot resume {self.files.checkpoint}: it ran with --{name} {saved.get(name)}, not {value}")
+                raise InputError(
+                    f"cannot resume {self.files.checkpoint}: it ran with --{name} {saved.get(name)}, not {value}"
+                )
 
     def _make_stored_vectors(self) -> StoredVectors:
         """Room for one singular vector per image and layer; one image shows which layers ask for one."""

@@ -83,13 +83,17 @@ class ClampGroupSort(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = x.chunk(2, dim=1)
-        return torch.cat([torch.minimum(torch.maximum(a, b), self.max), torch.maximum(torch.minimum(a, b), self.min)], 1)
+        return torch.cat(
+            [torch.minimum(torch.maximum(a, b), self.max), torch.maximum(torch.minimum(a, b), self.min)], 1
+        )
 
 
 # --- architectures ---------------------------------------------------------------------------------------------------
 
 INPUT_SHAPES = {"mnist": (1, 28, 28), "digits": (1, 28, 28)}
 CLASSES = {"mnist": 10, "digits": 10}
+# Radius of the published evaluation, in pixel space.
+EPSILON = {"mnist": 1.58, "digits": 1.58}
 
 # Convolutions as (channels, kernel, stride, padding), then the sizes of the hidden dense layers.
 _4C3F = ([(32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)], [512, 512])
