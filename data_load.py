@@ -8,23 +8,30 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dependencies import datasets
-from utils import InputError
+from utils import InputError, first_line
 
 DIGITS_DIR = Path(__file__).resolve().parent / "digits"
 
-# md5 of pixels and labels, as uint8 without file headers.
+# Data sets that the recipes augment; a mirrored or shifted digit is no better a digit.
+AUGMENTED = {"cifar10"}
+
+# md5 of pixels and labels, as uint8 without file headers; pixels as (N, C, H, W).
 _FINGERPRINTS = {
     ("mnist", True): ("6510e85a72c3e9475c492d559d3770d2", "e86ee40d66677c011a9abda399ec8c4d"),
     ("mnist", False): ("240610fa99e73bfa49df8e7fc24d3206", "073c3904dfbd3e141ff8aa01cfde6b15"),
+    ("cifar10", True): ("11af95666bd6fd7846144e768325bf13", "69c5f3349be54915edfca558b72ad888"),
+    ("cifar10", False): ("f1aa22116df97725db0e47461c45a82b", "251f18ce75337ae9ca5d0dbd7ea62cf4"),
     ("digits", True): ("10b4fcd9bad0de9d27af358a73feadec", "7dc8a8db1ef897f901ebfc7da7de9514"),
     ("digits", False): ("191569c3f3903696ecb37f8df7fc6a81", "f8a3d21f400aa73985cb5c2ee250224b"),
 }
@@ -52,21 +59,44 @@ class ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device))
 
     def batches(
-        self, batch_size: int, generator: torch.Generator | None = None
+        self, batch_size: int, generator: torch.Generator | None = None, augment: bool = False
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Batches (x, y, indices): x (B, C, H, W) float32 in [0, 1], y (B,), indices (B,) into this set.
 
         In order without a `generator`; shuffled by it (a CPU generator) otherwise. The last batch may be smaller.
+
+        augment: random crop and flip, drawn from `generator` too.
         """
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
         for indices in order.to(self.labels.device).split(batch_size):
-            yield self.images[indices].float() / 255, self.labels[indices], indices
+            images = self.images[indices]
+            if augment:
+                images = crop_and_flip(images, generator)
+            yield images.float() / 255, self.labels[indices], indices
+
+
+def crop_and_flip(images: Tensor, generator: torch.Generator | None = None, padding: int = 4) -> Tensor:
+    """Every image cut at random from itself with a black border, and mirrored left to right half of the time.
+
+    images: (N, C, H, W) on any device. generator: a CPU generator. Returns (N, C, H, W).
+    """
+    count, channels, height, width = images.shape
+    offsets = torch.randint(2 * padding + 1, (2, count, 1), generator=generator).to(images.device)
+    mirrored = torch.randint(2, (count, 1), generator=generator, dtype=torch.bool).to(images.device)
+    across = torch.arange(width, device=images.device)
+    rows = offsets[0] + torch.arange(height, device=images.device)  # (N, H)
+    columns = offsets[1] + torch.where(mirrored, across.flip(0), across)  # (N, W)
+    image = torch.arange(count, device=images.device)[:, None, None, None]
+    channel = torch.arange(channels, device=images.device)[:, None, None]
+    padded = F.pad(images, [padding] * 4)
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
 def load_data(data: str, data_dir: str | Path, train: bool) -> ImageSet:
     """A data set by name, on the CPU.
 
-    data: `mnist` (read, or downloaded, by torchvision below `data_dir`) or `digits` (shipped with the repository).
+    data: `mnist` or `cifar10` (read, or downloaded, by torchvision below `data_dir`), or `digits` (shipped with the
+        repository).
 
     Raises:
         InputError: if it is unknown, cannot be had, or is damaged.
@@ -106,7 +136,7 @@ def _read_idx(path: Path) -> np.ndarray:
         dimensions = raw[3]
         shape = np.frombuffer(raw, ">u4", count=dimensions, offset=4)
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
-    except (OSError, EOFError, ValueError, IndexError) as error:
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         raise InputError(f"cannot read {path}: {error}; restore it with `git checkout {path.parent.name}`") from None
 
 
@@ -119,11 +149,15 @@ def _from_torchvision(read: Callable[[], datasets.VisionDataset], name: str, dat
     try:
         return read()
     except (OSError, RuntimeError, ValueError, AssertionError, TypeError, KeyError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"cannot read or download {name} below {data_dir} ({reason[:160]}); "
+            f"cannot read or download {name} below {data_dir} ({first_line(error)}); "
             f"without a network, put torchvision's files for it there, or name their folder with --data_dir"
         ) from None
 
 
-_READERS = {"mnist": _read_mnist, "digits": _read_digits}
+def _read_cifar10(data_dir: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
+    cifar = _from_torchvision(lambda: datasets.CIFAR10(data_dir, train=train, download=True), "CIFAR-10", data_dir)
+    return np.ascontiguousarray(cifar.data.transpose(0, 3, 1, 2)), np.array(cifar.targets, dtype=np.uint8)
+
+
+_READERS = {"mnist": _read_mnist, "digits": _read_digits, "cifar10": _read_cifar10}

@@ -7,8 +7,8 @@ operators cannot be loaded, and its import then fails while it describes two of 
 not exist`, then `qnms`). Only its data sets are used here, which need none of them, so the two are declared, without
 an implementation: to call them stays an error. Where the compiled operators load, nothing is touched.
 
-advertorch: 0.2.3 is its last release, and one of its attacks imports `zero_gradients`, which torch removed in 1.9. It is
-put back with the meaning it had.
+advertorch: 0.2.3 is its last release, and one of its attacks imports `zero_gradients`, which torch removed in 1.9.
+It is put back with the meaning it had.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ registered per layer type with `@rule`. All radii are in the space of x, which i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectral_norm import Conv, Dense, LinearOperator
-from utils import ClampGroupSort, ReLU_x
+from spectral_norm import Conv, Dense, LinearOperator, PowerIteration
+from utils import ClampGroupSort, Normalize, ReLU_x
 
 Position = int | str
 
@@ -50,7 +50,9 @@ class Bound:
         global_norms: by position in the network, scalar.
         varying: by position, (N, ...) bool: which outputs of that layer can vary in the ball. At an activation it gives
             the columns that remain of the next linear layer, at a linear layer the rows that remain of itself.
+        masks: by position of a linear layer, the (columns, rows) that its local norm was taken of; None: all.
         last_weight: (K, H) of the last layer.
+        last_columns: (N, H) bool, which of its inputs can vary in the ball; None: all.
     """
 
     logits: Tensor
@@ -63,7 +65,9 @@ class Bound:
     local_norms: dict[Position, Tensor]
     global_norms: dict[Position, Tensor]
     varying: dict[Position, Tensor]
+    masks: dict[Position, tuple[Tensor | None, Tensor | None]]
     last_weight: Tensor
+    last_columns: Tensor | None
 
 
 def propagate(model: nn.Sequential, x: Tensor, epsilon: float | Tensor, norms: Norms) -> Bound:
@@ -77,28 +81,50 @@ def propagate(model: nn.Sequential, x: Tensor, epsilon: float | Tensor, norms: N
 
     Raises:
         TypeError: names the first layer without a rule and its position; no layer is ever skipped.
-        ValueError: for a negative epsilon.
+        ValueError: for an epsilon that is negative or NaN, or for batch normalisation or dropout in training mode.
     """
+    if not (torch.as_tensor(epsilon) >= 0).all():
+        raise ValueError(f"epsilon must not be negative, got {epsilon}")
     epsilon = torch.as_tensor(epsilon, dtype=x.dtype, device=x.device).expand(len(x))
-    layers = list(_layers(model))
-    if not layers or type(layers[-1][1]) is not nn.Linear:
-        raise TypeError(f"the network must end in nn.Linear, {_describe(*layers[-1]) if layers else 'but is empty'}")
+    *hidden, (position, last) = _layers(model)
+    if type(last) is not nn.Linear:
+        raise TypeError(f"the network must end in Linear, not in {_describe(position, last)}")
     walk = _Walk(x, epsilon, norms)
-    for position, layer in layers[:-1]:
-        if type(layer) not in _RULES:
-            raise TypeError(f"no rule for {_describe(position, layer)}")
-        _RULES[type(layer)](walk, position, layer)
-    return walk.finish(layers[-1][1])
+    for position, layer in hidden:
+        _rule_for(position, layer)(walk, position, layer)
+    return walk.finish(last)
 
 
-def _layers(model: nn.Sequential) -> Iterator[tuple[Position, nn.Module]]:
+def _layers(model: nn.Module) -> list[tuple[Position, nn.Module]]:
+    """The layers in order: position and module. Within a nested Sequential the position is a string such as "2.0"."""
     if type(model) is not nn.Sequential:
         raise TypeError(f"the network must be an nn.Sequential, got {type(model).__name__}")
-    return enumerate(model)
+    if len(model) == 0:
+        raise TypeError("the network is empty")
+    layers: list[tuple[Position, nn.Module]] = []
+    for position, layer in enumerate(model):
+        if type(layer) is nn.Sequential:
+            layers += [(f"{position}.{inner}", module) for inner, module in _layers(layer)]
+        elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layers and type(layers[-1][1]) in _LINEAR:
+            layers[-1] = (layers[-1][0], _BatchNormed(layers[-1][1], layer))
+        else:
+            layers.append((position, layer))
+    return layers
+
+
+_LINEAR = (nn.Conv2d, nn.Linear)
+
+
+class _BatchNormed(nn.Module):
+    """A linear layer with batch normalisation right behind it: one affine map, whose norm is below the product's."""
+
+    def __init__(self, linear: nn.Conv2d | nn.Linear, normalization: nn.BatchNorm1d | nn.BatchNorm2d):
+        super().__init__()
+        self.linear, self.normalization = linear, normalization
 
 
 def _describe(position: Position, layer: nn.Module) -> str:
-    return f"layer {type(layer).__name__} at position {position}"
+    return f"{type(layer).__name__} at position {position}"
 
 
 def _broadcast(per_image: Tensor, like: Tensor) -> Tensor:
@@ -119,6 +145,7 @@ class _Walk:
         self.local_norms: dict[Position, Tensor] = {}
         self.global_norms: dict[Position, Tensor] = {}
         self.varying: dict[Position, Tensor] = {}
+        self.masks: dict[Position, tuple[Tensor | None, Tensor | None]] = {}
         self.local_lipschitz = torch.ones_like(epsilon)  # (N,)
         self.global_lipschitz = epsilon.new_ones(())
         self._open: _OpenLayer | None = None
@@ -148,7 +175,7 @@ class _Walk:
         self.columns = varying if self.columns is None else varying & self.columns
         self.varying[position] = self.columns
         if self._open and self._open.rows_follow:
-            self._open.rows = self.columns.view(-1, *self._open.operator.output_shape)
+            self._open.rows = self.columns.reshape(-1, *self._open.operator.output_shape)
 
     def mixing(self, position: Position, layer: nn.Module, varying: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Move through a monotone activation that mixes entries and has Lipschitz constant 1.
@@ -180,7 +207,9 @@ class _Walk:
             local_norms=self.local_norms,
             global_norms=self.global_norms,
             varying=self.varying,
+            masks=self.masks,
             last_weight=last.weight,
+            last_columns=self.columns,
         )
 
     def _apply_monotone(self, layer: nn.Module) -> None:
@@ -194,6 +223,7 @@ class _Walk:
         norm = self.norms.masked(operator, columns, rows).expand_as(self.epsilon)
         if rows is not None:
             self.varying[operator.position] = rows
+        self.masks[operator.position] = (columns, rows)
         self.local_norms[operator.position] = norm
         self.local_lipschitz = self.local_lipschitz * norm
         self._open = None
@@ -215,30 +245,111 @@ Rule = Callable[[_Walk, Position, nn.Module], None]
 _RULES: dict[type[nn.Module], Rule] = {}
 
 
-def rule(layer_type: type[nn.Module]) -> Callable[[Rule], Rule]:
-    """Register what a layer of exactly this type does to the walk. Subclasses may compute anything, so they need theirs."""
+def rule(*layer_types: type[nn.Module]) -> Callable[[Rule], Rule]:
+    """Register what layers of exactly these types do to the walk; a subclass may differ and needs its own rule."""
 
     def register(function: Rule) -> Rule:
-        _RULES[layer_type] = function
+        _RULES.update(dict.fromkeys(layer_types, function))
         return function
 
     return register
 
 
-@rule(nn.Conv2d)
-def _conv2d(walk: _Walk, position: Position, layer: nn.Conv2d) -> None:
-    walk.linear(Conv(layer, position, walk.center.shape[1:]))
+def _rule_for(position: Position, layer: nn.Module) -> Rule:
+    if type(layer) not in _RULES:
+        raise TypeError(f"no rule for {_describe(position, layer)}; supported are {', '.join(sorted(_supported()))}")
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        raise TypeError(f"{_describe(position, layer)} has forward hooks, which can change what it computes")
+    return _RULES[type(layer)]
 
 
-@rule(nn.Linear)
-def _linear(walk: _Walk, position: Position, layer: nn.Linear) -> None:
-    if walk.center.dim() != 2:
+def _supported() -> set[str]:
+    return {layer_type.__name__ for layer_type in _RULES}
+
+
+def _refuse_training_mode(position: Position, layer: nn.Module) -> None:
+    if layer.training:
+        raise ValueError(f"{_describe(position, layer)} is in training mode; call model.eval() first")
+
+
+@rule(nn.Conv2d, nn.Linear)
+def _linear(walk: _Walk, position: Position, layer: nn.Conv2d | nn.Linear) -> None:
+    walk.linear(_operator(walk, position, layer))
+
+
+def _operator(walk: _Walk, position: Position, layer: nn.Conv2d | nn.Linear) -> Conv | Dense:
+    shape = walk.center.shape[1:]
+    if isinstance(layer, nn.Conv2d):
+        return Conv.of(layer, position, shape)
+    if len(shape) != 1:
         raise TypeError(f"{_describe(position, layer)} needs a Flatten before it")
-    walk.linear(Dense(layer, position, walk.center.shape[1:]))
+    return Dense.of(layer, position)
+
+
+@rule(nn.BatchNorm1d, nn.BatchNorm2d)
+def _batch_norm(walk: _Walk, position: Position, layer: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
+    walk.linear(_channelwise(walk, position, *_scale_and_shift(position, layer)))
+
+
+@rule(_BatchNormed)
+def _batch_normed(walk: _Walk, position: Position, layer: _BatchNormed) -> None:
+    scale_and_shift = _scale_and_shift(position, layer.normalization)
+    walk.linear(_operator(walk, position, layer.linear).rescaled(*scale_and_shift))
+
+
+def _scale_and_shift(position: Position, layer: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Batch normalisation in eval mode as scale * x + shift, (C,) each."""
+    _refuse_training_mode(position, layer)
+    if layer.running_var is None:
+        raise TypeError(f"{_describe(position, layer)} keeps no running statistics, so it depends on the batch")
+    weight, bias = (1, 0) if layer.weight is None else (layer.weight, layer.bias)
+    scale = weight * (layer.running_var + layer.eps).rsqrt()
+    return scale, bias - layer.running_mean * scale
+
+
+@rule(Normalize)
+def _normalize(walk: _Walk, position: Position, layer: Normalize) -> None:
+    scale = (1 / layer.std).expand(walk.center.shape[1])
+    walk.linear(_channelwise(walk, position, scale, -layer.mean * scale))
+
+
+def _channelwise(walk: _Walk, position: Position, scale: Tensor, shift: Tensor) -> Conv | Dense:
+    """scale * x + shift for every channel, (C,) each, as a convolution with 1x1 kernels or a diagonal matrix."""
+    if walk.center.dim() == 2:
+        return Dense(scale.diag(), shift, position)
+    return Conv(scale[:, None, None, None], shift, position, walk.center.shape[1:], groups=len(scale))
+
+
+@rule(nn.AvgPool2d)
+def _average_pooling(walk: _Walk, position: Position, layer: nn.AvgPool2d) -> None:
+    kernel, stride, padding = _pair(layer.kernel_size), _pair(layer.stride), _pair(layer.padding)
+    if layer.ceil_mode or layer.divisor_override or (padding != (0, 0) and not layer.count_include_pad):
+        raise TypeError(
+            f"{_describe(position, layer)}: ceil_mode, divisor_override and count_include_pad=False are not supported"
+        )
+    channels = walk.center.shape[1]
+    weight = walk.center.new_full((channels, 1, *kernel), 1 / (kernel[0] * kernel[1]))
+    walk.linear(Conv(weight, None, position, walk.center.shape[1:], stride, padding, groups=channels))
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+@rule(nn.Identity)
+def _identity(walk: _Walk, position: Position, layer: nn.Identity) -> None:
+    """Nothing changes."""
+
+
+@rule(nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+def _dropout(walk: _Walk, position: Position, layer: nn.Dropout | nn.Dropout1d | nn.Dropout2d) -> None:
+    _refuse_training_mode(position, layer)
 
 
 @rule(nn.Flatten)
 def _flatten(walk: _Walk, position: Position, layer: nn.Flatten) -> None:
+    if (layer.start_dim, layer.end_dim) != (1, -1):
+        raise TypeError(f"{_describe(position, layer)} must flatten all but the batch")
     walk.reshape(layer)
 
 
@@ -332,7 +443,7 @@ def bcp_loss(logits: Tensor, worst: Tensor, y: Tensor, kappa: float | Tensor) ->
 
 
 def gloro_loss(logits: Tensor, worst: Tensor, y: Tensor) -> Tensor:
-    """CE over K + 1 logits, those at x and the largest wrong one of `worst`, the mean over the batch (Leino et al. 2021).
+    """CE over K + 1 logits, those at x and the largest wrong one of `worst`; mean over the batch (Leino et al. 2021).
 
     logits: (N, K) at x. worst: (N, K) from `worst_logits`. y: (N,) labels.
     """
@@ -345,3 +456,95 @@ def _with_worst_class(logits: Tensor, worst: Tensor, y: Tensor) -> Tensor:
 
 def _largest_wrong(logits: Tensor, y: Tensor) -> Tensor:
     return logits.scatter(1, y[:, None], -torch.inf).amax(dim=1)  # (N,)
+
+
+# --- for a network of your own ---------------------------------------------------------------------------------------
+
+# Power iterations and rounds of pinning where the caller names none.
+_ITERATIONS, _ROUNDS = 1000, 1000
+
+
+@dataclass
+class Lipschitz:
+    """Lipschitz bounds of the logits of a network around N images, with respect to the L2 norm in the space of x.
+
+    Attributes:
+        local: (N,) valid in the ball around each image.
+        everywhere: scalar, valid for every pair of images.
+        local_norms: by position of a linear layer, (N,); their product is `local`.
+        global_norms: by position of a linear layer, scalar; their product is `everywhere`.
+    """
+
+    local: Tensor
+    everywhere: Tensor
+    local_norms: dict[Position, Tensor]
+    global_norms: dict[Position, Tensor]
+
+
+@torch.no_grad()
+def local_lipschitz(model: nn.Sequential, x: Tensor, epsilon: float | Tensor, norms: Norms | None = None) -> Lipschitz:
+    """Lipschitz bounds of the whole network, logits included, in the epsilon-balls around x and everywhere.
+
+    Arguments and errors are those of `propagate`. Without `norms` it takes 1,000 power iterations per norm: estimates,
+    which approach the norms from below.
+    """
+    norms = norms or PowerIteration(_ITERATIONS)
+    bound = propagate(model, x, epsilon, norms)
+    position, last = _layers(model)[-1]
+    operator = Dense.of(last, position)
+    whole = norms.whole(operator)
+    masked = norms.masked(operator, bound.last_columns, None).expand_as(bound.radius)
+    return Lipschitz(
+        local=bound.local_lipschitz * masked,
+        everywhere=bound.global_lipschitz * whole,
+        local_norms=bound.local_norms | {position: masked},
+        global_norms=bound.global_norms | {position: whole},
+    )
+
+
+@torch.no_grad()
+def certify(
+    model: nn.Sequential,
+    x: Tensor,
+    y: Tensor,
+    epsilon: float | Tensor,
+    norms: Norms | None = None,
+) -> Tensor:
+    """Whether the label y is the network's answer on the whole epsilon-ball around x: (N,) bool.
+
+    A tie, a NaN and an image that is not finite count as no. Arguments and errors are those of `propagate`; y: (N,).
+    Without `norms` it takes 1,000 power iterations per norm: estimates, which approach the norms from below.
+    """
+    bound = propagate(model, x, epsilon, norms or PowerIteration(_ITERATIONS))
+    return (worst_margin(worst_logits(bound, y, _ROUNDS), y) > 0) & x.flatten(1).isfinite().all(dim=1)
+
+
+@torch.no_grad()
+def certified_radius(
+    model: nn.Sequential,
+    x: Tensor,
+    y: Tensor | None = None,
+    tolerance: float = 1e-3,
+    norms: Norms | None = None,
+) -> Tensor:
+    """The largest certified epsilon per image, found by bisection: (N,), in the space of x.
+
+    The radius returned was itself certified (0 where the network's answer is not y), and one that is larger by
+    `tolerance` was not. Without y, (N,), the network's own answer is the label. Arguments otherwise and errors are
+    those of `propagate`; without `norms` it takes 1,000 power iterations per norm: estimates from below.
+    """
+    norms = norms or PowerIteration(_ITERATIONS)
+    if y is None:
+        y = model(x).argmax(dim=1)
+    good = x.new_zeros(len(x))
+    possible = certify(model, x, y, good, norms)
+    bad = torch.full_like(good, tolerance)
+    growing = possible
+    while growing.any():
+        growing = growing & certify(model, x, y, bad, norms)
+        good, bad = torch.where(growing, bad, good), torch.where(growing, 2 * bad, bad)
+    while (possible & (bad - good > tolerance)).any():
+        middle = (good + bad) / 2
+        certified = possible & certify(model, x, y, middle, norms)
+        good, bad = torch.where(certified, middle, good), torch.where(certified, bad, middle)
+    return good

@@ -1,88 +1,322 @@
-"""What an evaluation leaves behind: one CSV row per image, and pictures."""
+"""What evaluations leave behind: a CSV row per image, a summary, pictures, and the table of all summaries.
+
+`python report.py` gathers results/*/summary.json into the table of the README.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
+import argparse
+import hashlib
+import json
+import math
+import platform
+from dataclasses import dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 
 import utils
+from utils import InputError
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    from evaluate import Outcome
-
 LOCAL, GLOBAL, ATTACK, INK = "#1f6feb", "#8b949e", "#d1542b", "#24292f"
 
+# The curves over the radius: multiples of epsilon for the certificate, and for PGD between 0 and epsilon and beyond.
+CERTIFIED_MULTIPLES = np.linspace(0, 2, 17)
+PGD_MULTIPLES = np.array([0.5, 1.5, 2.0])
 
-def write(folder: Path, outcome: Outcome, epsilon: float, radii: np.ndarray) -> list[Path]:
+
+@dataclass
+class Outcome:
+    """What an evaluation found for N images: every field is an array with one row per image."""
+
+    label: np.ndarray  # (N,) int
+    prediction: np.ndarray  # (N,) int
+    clean: np.ndarray  # (N,) bool: classified right
+    pgd: np.ndarray  # (N,) bool: still right at the point that PGD found
+    certified: np.ndarray  # (N,) bool: right in the whole ball, by the bound
+    margin: np.ndarray  # (N,) label's logit minus the largest other one, at x
+    worst_margin: np.ndarray  # (N,) the same, bounded over the ball
+    local_bound: np.ndarray  # (N,) Lipschitz bound up to the last hidden layer, in the ball
+    global_bound: np.ndarray  # (N,) the same, everywhere
+    global_radius: np.ndarray  # (N,) radius that the global bound certifies, 0 where x is misclassified
+    eliminated_rows: (
+        np.ndarray
+    )  # (N, L) share of the rows of every linear layer but the last that the ball switches off
+    eliminated_columns: np.ndarray  # (N, L) the same of its columns
+    pgd_over_radius: np.ndarray  # (N, R) bool at PGD_MULTIPLES, without columns if there is to be no report
+    certified_over_radius: np.ndarray  # (N, R) bool at CERTIFIED_MULTIPLES, likewise
+
+    @staticmethod
+    def concatenate(parts: list[Outcome]) -> Outcome:
+        """The outcome of a whole set from those of its batches."""
+        return Outcome(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Outcome)})
+
+
+# --- summary ---------------------------------------------------------------------------------------------------------
+
+
+def summarize(outcome: Outcome, args: argparse.Namespace, checkpoint: Path, training: Any, seconds: float) -> dict:
+    """The evaluation in numbers, ready for JSON.
+
+    checkpoint: the evaluated file. training: the arguments it was trained with, if it knows. seconds: wall time.
+    """
+    return {
+        "arguments": vars(args),
+        "checkpoint": {"sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), "training": training},
+        "images": len(outcome.label),
+        "epsilon": args.epsilon,
+        "certificate": {"kind": "estimate", "power_iterations": args.test_sniter},
+        "accuracy": {name: _accuracy(getattr(outcome, name)) for name in ("clean", "pgd", "certified")},
+        "lipschitz": {
+            "local_median": float(np.median(outcome.local_bound)),
+            "global": float(outcome.global_bound[0]),
+            "local_over_global_median": float(np.median(outcome.local_bound / outcome.global_bound)),
+        },
+        "not_a_number": int(np.isnan(outcome.worst_margin).sum()),
+        "certified_but_broken_by_pgd": int((outcome.certified & ~outcome.pgd).sum()),
+        "seconds": round(seconds, 1),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "hardware": _hardware(args.device),
+    }
+
+
+_PACKAGES = ("torch", "torchvision", "numpy", "advertorch")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _hardware(device: str) -> str:
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
+
+
+def _accuracy(flags: np.ndarray) -> dict[str, Any]:
+    low, high = wilson_interval(int(flags.sum()), len(flags))
+    return {"count": int(flags.sum()), "percent": 100 * float(flags.mean()), "interval_95": [100 * low, 100 * high]}
+
+
+def wilson_interval(count: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a share, at 95 % unless another normal quantile `z` is given."""
+    share, weight = count / total, z * z / total
+    middle = (share + weight / 2) / (1 + weight)
+    half = z * math.sqrt(share * (1 - share) / total + weight / (4 * total)) / (1 + weight)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def as_text(summary: dict) -> str:
+    """The summary for people, a few lines."""
+    arguments, iterations = summary["arguments"], summary["certificate"]["power_iterations"]
+    how = {
+        "clean": "",
+        "pgd": "PGD with 100 steps of epsilon/4 inside [0, 1]",
+        "certified": f"estimate: norms by {iterations} power iterations",
+    }
+    lines = [
+        f"{arguments['data']}: {summary['images']} test images, epsilon {summary['epsilon']:.6g} (L2, pixel space)"
+    ]
+    for name, accuracy in summary["accuracy"].items():
+        low, high = accuracy["interval_95"]
+        label = "PGD" if name == "pgd" else name
+        count = f"({accuracy['count']}/{summary['images']})"
+        lines.append(
+            f"{label:<10}{accuracy['percent']:6.2f} % {count}  95 %: {low:.1f} to {high:.1f}  {how[name]}".rstrip()
+        )
+    lipschitz = summary["lipschitz"]
+    lines.append(
+        f"Lipschitz bound up to the last hidden layer: local {lipschitz['local_median']:.4g} (median), "
+        f"global {lipschitz['global']:.4g}; local / global {lipschitz['local_over_global_median']:.3f} (median)"
+    )
+    if summary["not_a_number"]:
+        lines.append(f"{summary['not_a_number']} images have a NaN in their bound and count as not certified")
+    return "\n".join(lines)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, outcome: Outcome, summary: dict) -> list[Path]:
     """Write the report on an evaluation; returns the paths written.
 
-    images.csv: one row per image. certified_over_radius.png: the share of images certified at least to a radius.
-
-    radii: (R,) of `outcome.certified_over_radius` (N, R), pixel space.
+    images.csv has one row per image, summary.json the numbers of `summarize`. certified_over_radius.png shows clean,
+    PGD and certified accuracy over the radius, local_over_global.png the histogram of the two Lipschitz bounds' ratio,
+    eliminated.png the share of rows and columns that the ball switches off, layer by layer.
     """
-    table, picture = folder / "images.csv", folder / "certified_over_radius.png"
-    utils.write_atomically(table, lambda temporary: temporary.write_text(_images_csv(outcome)))
-    _save(_certified_over_radius(outcome, epsilon, radii), picture)
-    return [table, picture]
+    utils.write_csv(folder / "images.csv", _image_rows(outcome))
+    text = json.dumps(summary, indent=2) + "\n"
+    utils.write_atomically(folder / "summary.json", lambda temporary: temporary.write_text(text))
+    epsilon = summary["epsilon"]
+    pictures = {
+        "certified_over_radius.png": _certified_over_radius(outcome, epsilon),
+        "local_over_global.png": _local_over_global(outcome, epsilon),
+        "eliminated.png": _eliminated(outcome, epsilon),
+    }
+    for name, figure in pictures.items():
+        _save(figure, folder / name)
+    return [folder / name for name in ("images.csv", "summary.json", *pictures)]
 
 
-def _images_csv(outcome: Outcome) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        [
-            "index",
-            "label",
-            "prediction",
-            "pgd_correct",
-            "certified",
-            "margin",
-            "worst_margin",
-            "local_bound",
-            "global_bound",
-        ]
-    )
-    for i in range(len(outcome.label)):
-        writer.writerow(
-            [i, outcome.label[i], outcome.prediction[i], int(outcome.pgd[i]), int(outcome.certified[i])]
-            + [f"{column[i]:.6g}" for column in (outcome.margin, outcome.worst_margin, outcome.local_bound, outcome.global_bound)]
-        )  # fmt: skip
-    return text.getvalue()
+def _image_rows(outcome: Outcome) -> list[dict[str, Any]]:
+    return [
+        {
+            "index": i,
+            "label": outcome.label[i],
+            "prediction": outcome.prediction[i],
+            "pgd_correct": int(outcome.pgd[i]),
+            "certified": int(outcome.certified[i]),
+            "margin": f"{outcome.margin[i]:.6g}",
+            "worst_margin": f"{outcome.worst_margin[i]:.6g}",
+            "local_bound": f"{outcome.local_bound[i]:.6g}",
+            "global_bound": f"{outcome.global_bound[i]:.6g}",
+        }
+        for i in range(len(outcome.label))
+    ]
 
 
-def _certified_over_radius(outcome: Outcome, epsilon: float, radii: np.ndarray) -> Figure:
+def _certified_over_radius(outcome: Outcome, epsilon: float) -> Figure:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    by_local = 100 * outcome.certified_over_radius.mean(axis=0)
-    fine = np.linspace(0, radii[-1], 400)
+    end = CERTIFIED_MULTIPLES[-1] * epsilon or 1.0
+    fine = np.linspace(0, end, 400)
     by_global = 100 * (outcome.global_radius[None, :] > fine[:, None]).mean(axis=1)
-    axes.plot(radii, by_local, color=LOCAL, linewidth=2.2, marker="o", markersize=3.5, label="certified, local bound")
+    attacked = {0.0: outcome.clean, 1.0: outcome.pgd} | dict(zip(PGD_MULTIPLES, outcome.pgd_over_radius.T))
+    multiples = sorted(attacked)
+    clean = 100 * outcome.clean.mean()
+    axes.axhline(clean, color=INK, linewidth=1.2, linestyle=":", label="clean")
+    axes.plot(
+        [m * epsilon for m in multiples],
+        [100 * attacked[m].mean() for m in multiples],
+        color=ATTACK,
+        marker="v",
+        label="under PGD",
+    )
+    axes.plot(
+        CERTIFIED_MULTIPLES * epsilon,
+        100 * outcome.certified_over_radius.mean(axis=0),
+        color=LOCAL,
+        linewidth=2.4,
+        label="certified, local bound",
+    )
     axes.plot(fine, by_global, color=GLOBAL, linewidth=1.8, linestyle="--", label="certified, global bound")
-    axes.plot([0], [100 * outcome.clean.mean()], "s", color=INK, label="clean", clip_on=False, zorder=5)
-    axes.plot([epsilon], [100 * outcome.pgd.mean()], "v", color=ATTACK, markersize=8, label="under PGD", zorder=5)
     axes.axvline(epsilon, color=INK, linewidth=0.8, alpha=0.4)
-    axes.annotate(f"ε = {epsilon:.4g}", (epsilon, 2), xytext=(5, 0), textcoords="offset points", color=INK, fontsize=9)
-    axes.set(xlim=(0, radii[-1] or 1), ylim=(0, 100), xlabel="L2 radius (pixels in [0, 1])", ylabel="accuracy (%)")
-    axes.set_title(f"Certified accuracy over radius, {len(outcome.label):,} test images", loc="left", fontsize=11)
+    axes.annotate(f"ε = {epsilon:.4g}", (epsilon, 1), xytext=(5, 2), textcoords="offset points", color=INK, fontsize=9)
+    axes.set(xlim=(0, end), ylim=(0, 100), xlabel="L2 radius (pixels in [0, 1])", ylabel="accuracy (%)")
+    axes.set_title(f"Accuracy over radius, {len(outcome.label):,} test images", loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=9)
     _tidy(axes)
-    axes.legend(frameon=False, loc="upper right", fontsize=9)
+    return figure
+
+
+def _local_over_global(outcome: Outcome, epsilon: float) -> Figure:
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    ratio = outcome.local_bound / outcome.global_bound
+    axes.hist(ratio[np.isfinite(ratio)], bins=np.linspace(0, max(1.0, np.nanmax(ratio)), 51), color=LOCAL)
+    median = float(np.nanmedian(ratio))
+    axes.axvline(median, color=INK, linewidth=1)
+    axes.annotate(
+        f"median {median:.3f}",
+        (median, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(-6, -12),
+        textcoords="offset points",
+        ha="right",
+        fontsize=9,
+        color=INK,
+    )
+    axes.set(xlim=(0, None), xlabel="local / global Lipschitz bound", ylabel="test images")
+    axes.set_title(f"How much smaller the local bound is at ε = {epsilon:.4g}", loc="left", fontsize=11)
+    _tidy(axes)
+    return figure
+
+
+def _eliminated(outcome: Outcome, epsilon: float) -> Figure:
+    layers = outcome.eliminated_rows.shape[1]
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    places = np.arange(layers)
+    axes.bar(places - 0.2, 100 * outcome.eliminated_rows.mean(axis=0), 0.38, color=LOCAL, label="rows")
+    axes.bar(places + 0.2, 100 * outcome.eliminated_columns.mean(axis=0), 0.38, color=GLOBAL, label="columns")
+    axes.set(ylim=(0, 100), xlabel="linear layer", ylabel="switched off (%)")
+    axes.set_xticks(places, [str(place + 1) for place in places])
+    axes.set_title(f"Rows and columns that cannot matter in the ball, ε = {epsilon:.4g}", loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=9, ncols=2)
+    _tidy(axes)
     return figure
 
 
 def _tidy(axes: plt.Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.grid(axis="y", alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
 
 
 def _save(figure: Figure, path: Path) -> None:
     utils.write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
     plt.close(figure)
+
+
+# --- table of all summaries ------------------------------------------------------------------------------------------
+
+# Job, what it is, published clean / PGD / certified, published epochs.
+PAPER = (
+    ("mnist-4c3f", "MNIST, ε = 1.58, 4C3F, GloRo loss", (96.3, 78.2, 55.8), 300),
+    ("cifar10-4c3f", "CIFAR-10, ε = 36/255, 4C3F", (70.1, 64.2, 53.5), 800),
+    ("cifar10-6c2f", "CIFAR-10, ε = 36/255, 6C2F", (70.7, 64.8, 54.3), 800),
+    ("cifar10-6c2f-gloro", "CIFAR-10, ε = 36/255, 6C2F, GloRo loss", (76.4, 69.2, 51.3), 800),
+    ("cifar10-6c2f-maxmin", "CIFAR-10, ε = 36/255, 6C2F, clipped MaxMin", (77.4, 70.4, 60.7), 800),
+)
+BEGIN, END = "<!-- table: bash run_job.sh table -->", "<!-- end of table -->"
+
+
+def table(results: Path) -> str:
+    """All rows of the paper as Markdown, with what results/JOB/summary.json found beside them."""
+    lines = [
+        "| job | | paper: clean / PGD / certified | here: clean / PGD / certified (estimate) | epochs | hardware |",
+        "|---|---|---|---|---|---|",
+    ]
+    for job, title, published, epochs in PAPER:
+        path = results / job / "summary.json"
+        found = _table_cells(json.loads(path.read_text()), epochs) if path.is_file() else ["not run", "", ""]
+        lines.append(f"| `{job}` | {title} | {_triple(published)} | {' | '.join(found)} |")
+    return "\n".join(lines)
+
+
+def _triple(percents: tuple[float, ...] | list[float]) -> str:
+    return " / ".join(f"{p:.1f}" for p in percents)
+
+
+def _table_cells(summary: dict, published_epochs: int) -> list[str]:
+    accuracies = _triple([summary["accuracy"][name]["percent"] for name in ("clean", "pgd", "certified")])
+    trained = (summary["checkpoint"]["training"] or {}).get("epochs")
+    scaled = "" if trained in (None, published_epochs) else f" of {published_epochs}: a scaled run"
+    images = "" if summary["images"] == 10000 else f" (first {summary['images']} images)"
+    return [accuracies + images, f"{trained or 'unknown'}{scaled}", summary["hardware"]]
+
+
+def main() -> None:
+    """Print the table and put it into the README between its two marks."""
+    here = Path(__file__).resolve().parent
+    readme = here / "README.md"
+    text = readme.read_text()
+    if BEGIN not in text or END not in text:
+        raise InputError(f"{readme} has no lines '{BEGIN}' and '{END}'")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    new = table(here / "results")
+    utils.write_atomically(readme, lambda temporary: temporary.write_text(f"{before}{BEGIN}\n{new}\n{END}{after}"))
+    print(new)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

@@ -13,6 +13,7 @@ differentiable estimates from below (the published method); anything else with t
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -22,25 +23,19 @@ from torch import Tensor, nn
 
 
 class LinearOperator(ABC):
-    """The linear part W of a layer `W x + b`, at a known position and for a known input shape.
+    """The affine map W x + b of a layer, at a known position of the network and for a known input shape.
 
     Attributes:
+        weight, bias: what W and b are made of; gradients flow to them.
         position: where the layer stands in the network.
         input_shape, output_shape: shapes of one image's activations before and after, without the batch.
     """
 
-    def __init__(self, layer: nn.Module, position: int | str, input_shape: torch.Size):
-        self.layer = layer
-        self.position = position
-        self.input_shape = input_shape
-
-    @property
-    @abstractmethod
-    def output_shape(self) -> torch.Size: ...
-
-    @abstractmethod
-    def affine(self, x: Tensor) -> Tensor:
-        """W x + b. x: (N, *input_shape); returns (N, *output_shape)."""
+    weight: Tensor
+    bias: Tensor | None
+    position: int | str
+    input_shape: torch.Size
+    output_shape: torch.Size
 
     @abstractmethod
     def apply(self, x: Tensor) -> Tensor:
@@ -51,6 +46,10 @@ class LinearOperator(ABC):
         """W^T y. y: (N, *output_shape); returns (N, *input_shape)."""
 
     @abstractmethod
+    def affine(self, x: Tensor) -> Tensor:
+        """W x + b. x: (N, *input_shape); returns (N, *output_shape)."""
+
+    @abstractmethod
     def absolute(self, x: Tensor) -> Tensor:
         """|W| x, entry by entry absolute. x: (N, *input_shape); returns (N, *output_shape)."""
 
@@ -58,92 +57,107 @@ class LinearOperator(ABC):
     def row_norms(self) -> Tensor:
         """L2 norm of the row of W that makes an output, or more; broadcasts over (N, *output_shape)."""
 
+    def rescaled(self, scale: Tensor, shift: Tensor) -> LinearOperator:
+        """The operator followed by scale * x + shift for every output channel; scale, shift: (C_out,)."""
+        result = copy.copy(self)
+        result.weight = self.weight * scale.view(-1, *[1] * (self.weight.dim() - 1))
+        result.bias = shift if self.bias is None else self.bias * scale + shift
+        return result
+
 
 class Dense(LinearOperator):
-    """The matrix of an `nn.Linear`."""
+    """A matrix. weight: (H_out, H_in), bias: (H_out,) or None."""
 
-    @property
-    def output_shape(self) -> torch.Size:
-        return torch.Size([self.layer.out_features])
+    def __init__(self, weight: Tensor, bias: Tensor | None, position: int | str):
+        self.weight, self.bias, self.position = weight, bias, position
+        self.output_shape, self.input_shape = weight.shape[:1], weight.shape[1:]
 
-    def affine(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+    @classmethod
+    def of(cls, layer: nn.Linear, position: int | str) -> Dense:
+        """The operator of a layer."""
+        return cls(layer.weight, layer.bias, position)
 
     def apply(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.layer.weight)
+        return F.linear(x, self.weight)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        return y @ self.layer.weight
+        return y @ self.weight
+
+    def affine(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
     def absolute(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.layer.weight.abs())
+        return F.linear(x, self.weight.abs())
 
     def row_norms(self) -> Tensor:
-        return self.layer.weight.norm(dim=1)  # (H,)
+        return self.weight.norm(dim=1)  # (H_out,)
 
 
 class Conv(LinearOperator):
-    """The zero-padded convolution of an `nn.Conv2d`, of any kernel, stride, padding, dilation and groups.
+    """A zero-padded 2d convolution of any kernel, stride, padding, dilation and groups.
 
-    Raises:
-        TypeError: if the layer pads with anything but zeros, or unevenly (`padding="same"` with an even kernel).
+    weight: (C_out, C_in / groups, kh, kw), bias: (C_out,) or None, input_shape: (C_in, H, W).
     """
 
-    def __init__(self, layer: nn.Conv2d, position: int | str, input_shape: torch.Size):
-        super().__init__(layer, position, input_shape)
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        position: int | str,
+        input_shape: torch.Size,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+    ):
+        self.weight, self.bias, self.position, self.input_shape = weight, bias, position, input_shape
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        # From the first to the last input that a kernel sees along each axis.
+        reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:])]
+        spare = [n + 2 * p - r - 1 for n, p, r in zip(input_shape[1:], padding, reach)]
+        self.output_shape = torch.Size([len(weight), *(n // s + 1 for n, s in zip(spare, stride))])
+        # With a stride several input sizes give the same output size; this names the one meant.
+        self._output_padding = [n % s for n, s in zip(spare, stride)]
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d, position: int | str, input_shape: torch.Size) -> Conv:
+        """The operator of a layer.
+
+        Raises:
+            TypeError: if it pads with anything but zeros, or unevenly (`padding="same"` with an even kernel).
+        """
         if layer.padding_mode != "zeros":
             raise TypeError(f"Conv2d at position {position}: padding_mode '{layer.padding_mode}' is not supported")
-        self._padding = self._explicit_padding()
+        padding = layer.padding
+        if padding == "valid":
+            padding = (0, 0)
+        elif padding == "same":
+            reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size)]
+            if any(r % 2 for r in reach):
+                raise TypeError(f"Conv2d at position {position}: padding 'same' pads unevenly for this kernel")
+            padding = (reach[0] // 2, reach[1] // 2)
+        return cls(layer.weight, layer.bias, position, input_shape, layer.stride, padding, layer.dilation, layer.groups)
 
-    def _explicit_padding(self) -> tuple[int, int]:
-        if self.layer.padding == "valid":
-            return (0, 0)
-        if self.layer.padding != "same":
-            return self.layer.padding
-        reach = [d * (k - 1) for d, k in zip(self.layer.dilation, self.layer.kernel_size)]
-        if any(r % 2 for r in reach):
-            raise TypeError(f"Conv2d at position {self.position}: padding 'same' pads unevenly for an even kernel")
-        return (reach[0] // 2, reach[1] // 2)
-
-    def _size_after(self, axis: int) -> int:
-        layer = self.layer
-        reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
-        return (self.input_shape[1 + axis] + 2 * self._padding[axis] - reach - 1) // layer.stride[axis] + 1
-
-    @property
-    def output_shape(self) -> torch.Size:
-        return torch.Size([self.layer.out_channels, self._size_after(0), self._size_after(1)])
-
-    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        layer = self.layer
-        return F.conv2d(x, weight, None, layer.stride, self._padding, layer.dilation, layer.groups)
-
-    def affine(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def apply(self, x: Tensor) -> Tensor:
-        return self._convolve(x, self.layer.weight)
+        return self._convolve(x, self.weight, None)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        layer = self.layer
-        # With a stride, several input sizes give the same output size; output_padding names the one meant here.
-        unreached = [
-            self.input_shape[1 + a]
-            - ((y.shape[2 + a] - 1) * layer.stride[a] - 2 * self._padding[a])
-            - layer.dilation[a] * (layer.kernel_size[a] - 1)
-            - 1
-            for a in (0, 1)
-        ]
         return F.conv_transpose2d(
-            y, layer.weight, None, layer.stride, self._padding, unreached, layer.groups, layer.dilation
+            y, self.weight, None, self.stride, self.padding, self._output_padding, self.groups, self.dilation
         )
 
+    def affine(self, x: Tensor) -> Tensor:
+        return self._convolve(x, self.weight, self.bias)
+
     def absolute(self, x: Tensor) -> Tensor:
-        return self._convolve(x, self.layer.weight.abs())
+        return self._convolve(x, self.weight.abs(), None)
 
     def row_norms(self) -> Tensor:
         # At the border the padding cuts the row, so one kernel's norm is an upper bound there.
-        return self.layer.weight.flatten(1).norm(dim=1)[:, None, None]  # (C_out, 1, 1)
+        return self.weight.flatten(1).norm(dim=1)[:, None, None]  # (C_out, 1, 1)
 
 
 class PowerIteration:
@@ -204,7 +218,7 @@ class PowerIteration:
 
     def _random(self, count: int, operator: LinearOperator) -> Tensor:
         shape = min(operator.input_shape, operator.output_shape, key=torch.Size.numel)
-        weight = operator.layer.weight
+        weight = operator.weight
         start = torch.randn(count, *shape, generator=self._generator, dtype=weight.dtype).to(weight.device)
         return _unit(start)
 
@@ -234,10 +248,10 @@ class PowerIteration:
         on_input_side = start.shape[1:] == operator.input_shape
         with torch.no_grad():
             if on_input_side:
-                u = start if columns is None else start * columns
+                u = _begin(start, columns)
                 rounds = self.iterations
             else:
-                u = _unit(backward(start if rows is None else start * rows))
+                u = _unit(backward(_begin(start, rows)))
                 rounds = self.iterations - 1
             for _ in range(rounds):
                 v = forward(u)
@@ -252,6 +266,11 @@ def _switch_off(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x.mul_(mask)
 
 
+def _begin(start: Tensor, mask: Tensor | None) -> Tensor:
+    """The start vector where the mask is on; the mask itself where that leaves nothing of it."""
+    return start if mask is None else _kept(start * mask, mask)
+
+
 def _unit(x: Tensor) -> Tensor:
     """x / ||x|| for every row, zero where ||x|| is zero. x: (N, ...)."""
     length = x.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
@@ -259,7 +278,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _kept(vector: Tensor, start: Tensor) -> Tensor:
-    """The vector to warm-start from: never zero, or a norm would stay zero after the layer has come back to life."""
+    """`vector`, or `start` where it is zero: a norm would stay zero after the layer has come back to life."""
     alive = vector.flatten(1).any(dim=1).view(-1, *[1] * (vector.dim() - 1))
     return torch.where(alive, vector, start)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import math
 import time
 from dataclasses import dataclass
@@ -16,10 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import utils
-from data_load import ImageSet, hold_out, load_data
+from data_load import AUGMENTED, ImageSet, hold_out, load_data
 from local_bound import bcp_loss, gloro_loss, propagate, worst_logits, worst_margin
 from spectral_norm import PowerIteration, StoredVectors
-from utils import InputError
+from utils import InputError, ScriptError
 
 # Power iterations per step of the first resumed epoch, in place of the singular vectors that checkpoints do not hold.
 RESUME_ITERATIONS = 30
@@ -27,7 +25,7 @@ RESUME_ITERATIONS = 30
 BATCHES_PER_LOOK = 20
 
 
-class TrainingDiverged(Exception):
+class TrainingDiverged(ScriptError):
     """The loss is not finite; names epoch, batch and epsilon."""
 
 
@@ -152,11 +150,12 @@ class _Run:
 
     def train(self) -> None:
         first, args = self.epoch, self.args
+        held_out = f"held out for validation (--val_split {args.val_split})"
+        published = "test images that pick the best epoch (--val_split 0, the paper's protocol)"
         tqdm.write(
             f"{len(self.training_set)} training images, {len(self.validation_set)} "
-            + (f"held out for validation (--val_split {args.val_split})" if args.val_split else
-               "test images that pick the best epoch (--val_split 0, the paper's protocol)")
-        )  # fmt: skip
+            f"{held_out if args.val_split else published}"
+        )
         tqdm.write(f"singular vectors: {self.stored.bytes / 1e6:,.1f} MB in half precision on {self.stored.device}")
         total = args.epochs * self.batches
         with tqdm(total=total, initial=first * self.batches, unit="batch", disable=None, dynamic_ncols=True) as bar:
@@ -176,7 +175,8 @@ class _Run:
             group["lr"] = lr
         tally = Tally(self.device)
         unfinite = torch.full((), self.batches, device=self.device)  # first batch whose loss is not finite
-        batches = self.training_set.batches(self.args.batch_size, self.shuffle)
+        augment = self.args.data in AUGMENTED and not self.args.no_augmentation
+        batches = self.training_set.batches(self.args.batch_size, self.shuffle, augment)
         for batch, (x, y, indices) in enumerate(batches):
             moment = epoch + batch / self.batches
             loss = self._step(x, y, indices, moment, tally)
@@ -247,7 +247,7 @@ class _Run:
             self.best_error = error
             utils.save_checkpoint(self.files.best, published | {"arguments": vars(self.args)})
         utils.save_checkpoint(self.files.checkpoint, published | self._resume_state())
-        self.files.write_rows(self.rows)
+        utils.write_csv(self.files.log, self.rows)
         tqdm.write(
             f"epoch {self.epoch}/{self.args.epochs}  epsilon {row['epsilon']:.4f}  lr {row['lr']:.2e}  "
             f"loss {row['loss']:.4f}  error: train clean {row['clean_error']:.2%} certified "
@@ -270,12 +270,16 @@ class _Run:
         missing = {"epoch", *self._resume_state()} - checkpoint.keys()
         if missing:
             raise InputError(f"{self.files.checkpoint} cannot be resumed: it has no {', '.join(sorted(missing))}")
-        self._refuse_other_arguments(checkpoint["arguments"])
-        utils.load_weights(self.model, checkpoint["state_dict"], str(self.files.checkpoint))
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.norms.global_vectors = {p: v.to(self.device) for p, v in checkpoint["global_vectors"].items()}
-        self.shuffle.set_state(checkpoint["shuffle"])
-        self.epoch, self.best_error, self.rows = checkpoint["epoch"], checkpoint["best_error"], checkpoint["rows"]
+        try:
+            self._refuse_other_arguments(dict(checkpoint["arguments"]))
+            utils.load_weights(self.model, checkpoint["state_dict"], str(self.files.checkpoint))
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.norms.global_vectors = {p: v.to(self.device) for p, v in checkpoint["global_vectors"].items()}
+            self.shuffle.set_state(checkpoint["shuffle"])
+            self.epoch, self.best_error = int(checkpoint["epoch"]), float(checkpoint["best_error"])
+            self.rows = list(checkpoint["rows"])
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            raise InputError(f"{self.files.checkpoint} cannot be resumed: {error}") from None
         tqdm.write(f"resuming after epoch {self.epoch} of {self.args.epochs}")
 
     def _refuse_other_arguments(self, saved: dict[str, Any]) -> None:
@@ -310,10 +314,3 @@ class RunFiles:
         for path in (self.best, self.checkpoint, self.log):
             if path.exists() and not overwrite:
                 raise InputError(f"{path} exists; choose another --prefix, or --resume, or --overwrite")
-
-    def write_rows(self, rows: list[dict[str, Any]]) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        utils.write_atomically(self.log, lambda temporary: temporary.write_text(text.getvalue()))

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import csv
+import io
 import math
 import os
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,17 +20,25 @@ import torch
 from torch import Tensor, nn
 
 
-class InputError(Exception):
-    """Something the user gave cannot be used. The scripts print its one line on stderr and exit with code 2."""
+class ScriptError(Exception):
+    """Ends a script with one line on stderr and this exit code."""
+
+    exit_code = 1
+
+
+class InputError(ScriptError):
+    """Something the user gave cannot be used."""
+
+    exit_code = 2
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Run a script's `main`: exit code 2 and one line for bad input, 130 for Ctrl-C."""
     try:
         main()
-    except InputError as error:
+    except ScriptError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -83,25 +97,73 @@ class ClampGroupSort(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = x.chunk(2, dim=1)
-        return torch.cat(
-            [torch.minimum(torch.maximum(a, b), self.max), torch.maximum(torch.minimum(a, b), self.min)], 1
-        )
+        larger, smaller = torch.maximum(a, b), torch.minimum(a, b)
+        return torch.cat([torch.minimum(larger, self.max), torch.maximum(smaller, self.min)], dim=1)
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std for every channel, as a first layer; radii stay in the space before it.
+
+    Args:
+        mean, std: one number per channel, or one for all.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.get_default_dtype()).flatten())
+        self.register_buffer("std", torch.as_tensor(std, dtype=torch.get_default_dtype()).flatten())
+        if not (self.std > 0).all():
+            raise ValueError(f"every standard deviation must be above 0, got {self.std.tolist()}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean[:, None, None]) / self.std[:, None, None]
 
 
 # --- architectures ---------------------------------------------------------------------------------------------------
 
-INPUT_SHAPES = {"mnist": (1, 28, 28), "digits": (1, 28, 28)}
-CLASSES = {"mnist": 10, "digits": 10}
+INPUT_SHAPES = {"mnist": (1, 28, 28), "digits": (1, 28, 28), "cifar10": (3, 32, 32)}
+CLASSES = {"mnist": 10, "digits": 10, "cifar10": 10}
 # Radius of the published evaluation, in pixel space.
-EPSILON = {"mnist": 1.58, "digits": 1.58}
+EPSILON = {"mnist": 1.58, "digits": 1.58, "cifar10": 36 / 255}
 
-# Convolutions as (channels, kernel, stride, padding), then the sizes of the hidden dense layers.
-_4C3F = ([(32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)], [512, 512])
-_MODELS = {
-    "relux": (_4C3F, "relux"),
-    "standrelu": (_4C3F, "relu"),
+
+@dataclass(frozen=True)
+class Architecture:
+    """A published network: its shape and what stands behind every hidden layer.
+
+    Attributes:
+        convolutions: (channels, kernel, stride, padding) of each.
+        hidden: sizes of the hidden dense layers.
+        activation: `relux`, `relu` or `clmaxmin`.
+        thresholds: for `clmaxmin` the start values (max, min) by layer.
+    """
+
+    convolutions: tuple[tuple[int, int, int, int], ...]
+    hidden: tuple[int, ...]
+    activation: str = "relux"
+    thresholds: tuple[tuple[float, float], ...] = ()
+
+    def make_activation(self, layer: int, shape: tuple[int, ...], init: float) -> nn.Module:
+        """The activation behind hidden layer number `layer`, whose outputs have this shape."""
+        if self.activation == "clmaxmin":
+            return ClampGroupSort(shape, *self.thresholds[layer])
+        return ReLU_x(shape, init) if self.activation == "relux" else nn.ReLU()
+
+
+_4C3F = Architecture(((32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)), (512, 512))
+_6C2F = Architecture(((32, 3, 1, 1), (32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 3, 1, 1), (64, 4, 2, 1)), (512,))
+_6C2F_THRESHOLDS = ((0.1, -0.1), (0.1, -0.15), (0.15, -0.15), (0.15, -0.15), (0.2, -0.2), (0.3, -0.3), (1.2, -1.2))
+_MNIST = {"relux": _4C3F, "standrelu": replace(_4C3F, activation="relu")}
+MODELS = {
+    "mnist": _MNIST,
+    "digits": _MNIST,
+    "cifar10": {
+        "relux": _4C3F,
+        "c6f2_relux": _6C2F,
+        "c6f2_clmaxmin": replace(_6C2F, activation="clmaxmin", thresholds=_6C2F_THRESHOLDS),
+        "standrelu": replace(_6C2F, activation="relu"),
+    },
 }
-MODELS = {"mnist": _MODELS, "digits": _MODELS}
 
 
 def select_model(data: str, model: str, init: float = 1.0, width: float = 1.0) -> nn.Sequential:
@@ -110,9 +172,10 @@ def select_model(data: str, model: str, init: float = 1.0, width: float = 1.0) -
     Convolution weights are drawn from N(0, 2 / (kh kw c_out)) with zero bias; dense layers keep PyTorch's default.
 
     Args:
-        data: `mnist` or `digits`.
-        model: `relux` (4C3F with clipped ReLU) or `standrelu` (4C3F with plain ReLU).
-        init: start value of the thresholds of clipped ReLU.
+        data: `mnist`, `digits` or `cifar10`.
+        model: `relux` (4C3F with clipped ReLU) or `standrelu` (plain ReLU, 4C3F or for CIFAR-10 6C2F); for CIFAR-10
+            also `c6f2_relux` (6C2F with clipped ReLU) and `c6f2_clmaxmin` (6C2F with clipped MaxMin).
+        init: start value of the thresholds of clipped ReLU; those of clipped MaxMin are the published ones.
         width: fraction of the published number of channels and hidden units.
 
     Raises:
@@ -124,24 +187,27 @@ def select_model(data: str, model: str, init: float = 1.0, width: float = 1.0) -
         raise InputError(f"unknown model '{model}' for {data}; choose from {', '.join(MODELS[data])}")
     if not 0 < width <= 16:
         raise InputError(f"--width must lie in (0, 16], got {width}")
-    (convolutions, hidden), activation = MODELS[data][model]
-    make_activation = {"relux": lambda shape: ReLU_x(shape, init), "relu": lambda shape: nn.ReLU()}[activation]
+    architecture = MODELS[data][model]
+    even = 2 if architecture.activation == "clmaxmin" else 1
+
+    def scaled(units: int) -> int:
+        return max(1, round(units * width / even)) * even
 
     channels, *size = INPUT_SHAPES[data]
     layers: list[nn.Module] = []
-    for out_channels, kernel, stride, padding in convolutions:
-        out_channels = max(1, round(out_channels * width))
+    for number, (out_channels, kernel, stride, padding) in enumerate(architecture.convolutions):
+        out_channels = scaled(out_channels)
         conv = nn.Conv2d(channels, out_channels, kernel, stride, padding)
         nn.init.normal_(conv.weight, 0.0, math.sqrt(2.0 / (kernel * kernel * out_channels)))
         nn.init.zeros_(conv.bias)
         channels = out_channels
         size = [(s + 2 * padding - kernel) // stride + 1 for s in size]
-        layers += [conv, make_activation((channels, *size))]
+        layers += [conv, architecture.make_activation(number, (channels, *size), init)]
     layers.append(nn.Flatten())
     features = channels * math.prod(size)
-    for units in hidden:
-        units = max(1, round(units * width))
-        layers += [nn.Linear(features, units), make_activation((units,))]
+    for number, units in enumerate(architecture.hidden, start=len(architecture.convolutions)):
+        units = scaled(units)
+        layers += [nn.Linear(features, units), architecture.make_activation(number, (units,), init)]
         features = units
     layers.append(nn.Linear(features, CLASSES[data]))
     return nn.Sequential(*layers)
@@ -201,6 +267,13 @@ def natural_int(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    value = natural_int(text)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be below 2**63, got {value}")
+    return value
+
+
 def natural_float(text: str) -> float:
     value = float(text)
     if not (value >= 0 and math.isfinite(value)):
@@ -223,7 +296,7 @@ def add_common_flags(parser: argparse.ArgumentParser, data_sets: Sequence[str]) 
     parser.add_argument("--model", choices=models, default="relux", help="network")
     parser.add_argument("--width", type=positive_float, default=1.0, help="fraction of the published channel numbers")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--seed", type=natural_int, default=2019, help="of every random number")
+    parser.add_argument("--seed", type=seed, default=2019, help="of every random number")
     parser.add_argument("--test_batch_size", type=positive_int, default=256, help="images per evaluated batch")
 
 
@@ -258,11 +331,11 @@ def training_arguments(description: str, data_sets: Sequence[str], defaults: Map
     flag("--lr", type=positive_float, help="learning rate of Adam")
     flag("--end_lr", type=positive_float, help="learning rate of the last epoch")
     flag("--lr_scheduler", choices=["exp", "constant"], default="exp", help="exponential decay to end_lr, or none")
-    flag("--more", type=natural_int, help="epochs of constant learning rate beyond half of all; default: 25 of the "
-         "published number of epochs, in proportion")  # fmt: skip
-    flag("--no_augmentation", action="store_true", help="no random crops and flips (MNIST never has any)")
-    flag("--val_split", type=natural_int, default=0, help="training images held out to pick the best epoch on; 0: the "
-         "test set picks, as in the paper")  # fmt: skip
+    more = "epochs of constant learning rate beyond half of all; default: 25 of the published number, in proportion"
+    flag("--more", type=natural_int, help=more)
+    flag("--no_augmentation", action="store_true", help="no random crops and flips (digits never have any)")
+    val_split = "training images held out to pick the best epoch on; 0: the test set picks, as in the paper"
+    flag("--val_split", type=natural_int, default=0, help=val_split)
     parser.set_defaults(**defaults)
     args = parser.parse_args()
     if args.resume and args.overwrite:
@@ -295,10 +368,26 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        raise InputError(f"cannot write {path}: {first_line(error)}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, short enough for one line."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:160]
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows under the keys of the first, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
 
 
 def check_writable(folder: Path) -> None:
@@ -307,8 +396,12 @@ def check_writable(folder: Path) -> None:
     Raises:
         InputError: if it cannot.
     """
-    write_atomically(folder / "writable", lambda temporary: temporary.touch())
-    (folder / "writable").unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write into {folder}: {first_line(error)}") from None
 
 
 def save_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
@@ -327,16 +420,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} is damaged or no checkpoint: {reason[:160]}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        # The unpickler fails in many ways on foreign bytes, and its texts advise to load without protection.
+        raise InputError(f"{path} is damaged, or is no checkpoint of weights alone") from None
     checkpoint = dict(content) if isinstance(content, dict) and "state_dict" in content else {"state_dict": content}
     state = checkpoint["state_dict"]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not (isinstance(state, dict) and state and all(map(_is_weight, state.items()))):
         raise InputError(f"{path} is no checkpoint: it holds no state dict")
     checkpoint["state_dict"] = {key.removeprefix("module."): value for key, value in state.items()}
     return checkpoint
+
+
+def _is_weight(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

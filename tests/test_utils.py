@@ -1,0 +1,269 @@
+import resource
+
+import pytest
+import torch
+from conftest import WIDTH
+from torch import nn
+
+import utils
+from utils import ClampGroupSort, InputError, ReLU_x
+
+# --- activations
+
+
+@pytest.mark.parametrize("size", [(3, 4, 5), (1, 3, 4, 5), [3, 4, 5], torch.Size([1, 3, 4, 5])])
+def test_relu_x_has_one_threshold_per_entry_of_a_feature_map(size):
+    assert ReLU_x(size, 0.5).threshold.shape == (1, 3, 4, 5)
+
+
+@pytest.mark.parametrize("size", [7, (7,), (1, 7)])
+def test_relu_x_has_one_threshold_per_dense_entry(size):
+    assert ReLU_x(size, 0.5).threshold.shape == (1, 7)
+
+
+@pytest.mark.parametrize("size", [(6, 4, 5), (1, 6, 4, 5)])
+def test_clamp_group_sort_has_one_min_and_max_per_entry_of_a_half(size):
+    layer = ClampGroupSort(size, maxthres=0.3, minthres=-0.2)
+    assert layer.max.shape == layer.min.shape == (1, 3, 4, 5)
+    assert (layer.max == 0.3).all()
+    assert (layer.min == -0.2).all()
+
+
+@pytest.mark.parametrize("make", [lambda size: ReLU_x(size, 1.0), lambda size: ClampGroupSort(size, 1.0, -1.0)])
+@pytest.mark.parametrize("size", [(4, 5), (2, 4, 5, 5), (1, 1, 4, 5, 5)])
+def test_activations_refuse_what_is_no_shape_of_one_image(make, size):
+    with pytest.raises(ValueError, match="shape"):
+        make(size)
+
+
+def test_clamp_group_sort_refuses_an_odd_number_of_channels():
+    with pytest.raises(ValueError, match="even"):
+        ClampGroupSort((3, 4, 4), 1.0, -1.0)
+
+
+def test_relu_x_clips_at_both_ends():
+    x = torch.tensor([[-1.0, 0.0, 0.4, 0.6]])
+    assert torch.equal(ReLU_x(4, 0.5)(x), torch.tensor([[0.0, 0.0, 0.4, 0.5]]))
+
+
+def test_clamp_group_sort_sorts_the_halves_and_clips_them():
+    x = torch.tensor([[0.1, 5.0, -5.0, 0.2]])  # a = (0.1, 5), b = (-5, 0.2)
+    assert torch.equal(ClampGroupSort(4, 1.0, -1.0)(x), torch.tensor([[0.1, 1.0, -1.0, 0.2]]))
+
+
+# --- architectures
+
+
+def parameters(model, *names):
+    return sum(value.numel() for key, value in model.state_dict().items() if key.endswith(names))
+
+
+def test_4c3f_has_the_published_number_of_parameters():
+    model = utils.select_model("mnist", "relux")
+    assert parameters(model, "weight", "bias") == 1_974_762
+    assert parameters(model, "threshold") == 48_064
+
+
+def test_4c3f_has_the_published_state_dict_layout():
+    linear, clipped = (0, 2, 4, 6, 9, 11, 13), (1, 3, 5, 7, 10, 12)
+    expected = {f"{i}.{name}" for i in linear for name in ("weight", "bias")} | {f"{i}.threshold" for i in clipped}
+    state = utils.select_model("mnist", "relux").state_dict()
+    assert state.keys() == expected
+    assert state["1.threshold"].shape == (1, 32, 28, 28)
+    assert state["12.threshold"].shape == (1, 512)
+
+
+def test_standrelu_is_the_same_net_without_thresholds():
+    clipped, plain = (utils.select_model("mnist", name).state_dict() for name in ("relux", "standrelu"))
+    assert {k: v.shape for k, v in plain.items()} == {k: v.shape for k, v in clipped.items() if "threshold" not in k}
+
+
+@pytest.mark.parametrize("data", ["mnist", "digits"])
+@pytest.mark.parametrize("name", ["relux", "standrelu"])
+def test_models_map_images_to_ten_logits(data, name):
+    model = utils.select_model(data, name, width=WIDTH)
+    assert isinstance(model, nn.Sequential)
+    assert model(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_init_is_the_start_value_of_every_threshold():
+    layers = [layer for layer in utils.select_model("mnist", "relux", init=2.5) if isinstance(layer, ReLU_x)]
+    assert len(layers) == 6
+    assert all((layer.threshold == 2.5).all() for layer in layers)
+
+
+def test_convolutions_start_with_the_published_spread_and_no_bias():
+    torch.manual_seed(0)
+    for layer in utils.select_model("mnist", "relux"):
+        if isinstance(layer, nn.Conv2d):
+            expected = (2 / (layer.kernel_size[0] * layer.kernel_size[1] * layer.out_channels)) ** 0.5
+            # The sample deviation of n normal numbers is off by about 1 / sqrt(2 n).
+            assert layer.weight.std().item() == pytest.approx(expected, rel=4 / (2 * layer.weight.numel()) ** 0.5)
+            assert not layer.bias.any()
+
+
+def test_width_scales_channels_and_hidden_units_but_not_the_classes():
+    model = utils.select_model("mnist", "relux", width=0.5)
+    assert [layer.out_channels for layer in model if isinstance(layer, nn.Conv2d)] == [16, 16, 32, 32]
+    assert [layer.out_features for layer in model if isinstance(layer, nn.Linear)] == [256, 256, 10]
+
+
+def test_a_tiny_width_leaves_one_channel_at_least():
+    assert utils.select_model("mnist", "relux", width=1e-6)(torch.rand(1, 1, 28, 28)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "width"),
+    [("letters", "relux", 1), ("mnist", "alexnet", 1), ("mnist", "relux", 0), ("mnist", "relux", float("nan"))],
+)
+def test_select_model_refuses_what_does_not_exist(data, model, width):
+    with pytest.raises(InputError):
+        utils.select_model(data, model, width=width)
+
+
+# --- devices
+
+
+@pytest.mark.parametrize("name", ["cpu", "auto"])
+def test_select_device_takes_what_is_there(name):
+    assert torch.zeros(1, device=utils.select_device(name)).item() == 0
+
+
+def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert utils.select_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "tpu", "meta", "", "cuda:x"])
+def test_select_device_refuses_what_is_not(name):
+    with pytest.raises(InputError, match="device"):
+        utils.select_device(name)
+
+
+# --- files
+
+
+def test_a_file_written_atomically_has_the_new_content_and_no_neighbours(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    for text in ("old", "new"):
+        utils.write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
+    assert path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("disk full"), KeyboardInterrupt()])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def fail(temporary):
+        temporary.write_text("ne")
+        raise error
+
+    with pytest.raises((InputError, RuntimeError, KeyboardInterrupt)):
+        utils.write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def full_disk():
+    """No file can grow beyond 4 kB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_refused_and_leaves_the_old_one(tmp_path, full_disk):
+    path = tmp_path / "net.pth"
+    path.write_text("old")
+    with pytest.raises(InputError, match="cannot write"):
+        utils.save_checkpoint(path, {"state_dict": {"0.weight": torch.zeros(10_000)}})
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_check_writable_leaves_the_folder_as_it_was(tmp_path):
+    mine = tmp_path / "writable"
+    mine.write_text("mine")
+    utils.check_writable(tmp_path)
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == {mine: "mine"}
+
+
+def test_check_writable_creates_the_folder(tmp_path):
+    utils.check_writable(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize("below", ["", "folder", "folder/folder"])
+def test_check_writable_refuses_a_place_below_a_file(tmp_path, below):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write"):
+        utils.check_writable(tmp_path / "file" / below)
+
+
+# --- checkpoints
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda state: {"state_dict": state, "err": 0.5, "epoch": 3},
+        lambda state: state,
+        lambda state: {f"module.{key}": value for key, value in state.items()},
+        lambda state: {"state_dict": {f"module.{key}": value for key, value in state.items()}},
+    ],
+    ids=["wrapped", "bare", "bare, module.", "wrapped, module."],
+)
+def test_load_checkpoint_takes_every_layout(tmp_path, tiny_net, layout):
+    state = tiny_net.state_dict()
+    torch.save(layout(state), tmp_path / "net.pth")
+    loaded = utils.load_checkpoint(tmp_path / "net.pth")["state_dict"]
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+def test_load_checkpoint_keeps_what_stands_beside_the_weights(saved_net):
+    checkpoint = utils.load_checkpoint(saved_net)
+    assert (checkpoint["err"], checkpoint["epoch"]) == (1.0, 0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[1, 2], {}, {"state_dict": {}}, {"state_dict": None}, {"a": 1}, torch.zeros(3)],
+    ids=["list", "empty", "empty state", "no state", "no tensors", "tensor"],
+)
+def test_load_checkpoint_refuses_what_holds_no_state_dict(tmp_path, content):
+    torch.save(content, tmp_path / "net.pth")
+    with pytest.raises(InputError, match="no checkpoint"):
+        utils.load_checkpoint(tmp_path / "net.pth")
+
+
+def without(state, key):
+    return {k: v for k, v in state.items() if k != key}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda state: without(state, "13.bias"), "it has no '13.bias'"),
+        (lambda state: state | {"14.weight": torch.zeros(1)}, "'14.weight' does not belong"),
+        (lambda state: state | {"13.bias": torch.zeros(11)}, r"'13.bias' is \(11,\)"),
+        (lambda state: state | {"13.bias": torch.full((10,), torch.nan)}, "'13.bias' holds NaN"),
+        (lambda state: state | {"13.bias": torch.full((10,), -torch.inf)}, "'13.bias' holds NaN or infinity"),
+    ],
+    ids=["missing", "unexpected", "shape", "NaN", "infinity"],
+)
+def test_load_weights_is_all_or_nothing(tiny_net, spoil, complaint):
+    before = {key: value.clone() for key, value in tiny_net.state_dict().items()}
+    others = {key: value + 1 for key, value in before.items()}
+    with pytest.raises(InputError, match=f"file.pth is .*{complaint}"):
+        utils.load_weights(tiny_net, spoil(others), "file.pth")
+    assert all(torch.equal(value, before[key]) for key, value in tiny_net.state_dict().items())
+
+
+def test_load_weights_loads_every_tensor(tiny_net):
+    others = {key: value + 1 for key, value in tiny_net.state_dict().items()}
+    utils.load_weights(tiny_net, others, "file.pth")
+    assert all(torch.equal(value, others[key]) for key, value in tiny_net.state_dict().items())
