@@ -74,7 +74,12 @@ def summarize(outcome: Outcome, args: argparse.Namespace, checkpoint: Path, trai
         "images": len(outcome.label),
         "epsilon": args.epsilon,
         "certificate": {"kind": "estimate", "power_iterations": args.test_sniter},
-        "accuracy": {name: _accuracy(getattr(outcome, name)) for name in ("clean", "pgd", "certified")},
+        "accuracy": {
+            "clean": _accuracy(outcome.clean),
+            "pgd": _accuracy(outcome.pgd),
+            "certified": _accuracy(outcome.certified),
+            "certified_globally": _accuracy(outcome.global_radius > args.epsilon),
+        },
         "lipschitz": {
             "local_median": float(np.median(outcome.local_bound)),
             "global": float(outcome.global_bound[0]),
@@ -120,21 +125,20 @@ def wilson_interval(count: int, total: int, z: float = 1.959964) -> tuple[float,
 def as_text(summary: dict) -> str:
     """The summary for people, a few lines."""
     arguments, iterations = summary["arguments"], summary["certificate"]["power_iterations"]
-    how = {
-        "clean": "",
-        "pgd": "PGD with 100 steps of epsilon/4 inside [0, 1]",
-        "certified": f"estimate: norms by {iterations} power iterations",
+    named = {
+        "clean": ("clean", ""),
+        "pgd": ("PGD", "100 steps of epsilon/4 inside [0, 1]"),
+        "certified": ("certified", f"local bound, estimate: norms by {iterations} power iterations"),
+        "certified_globally": ("", "global bound, likewise"),
     }
     lines = [
         f"{arguments['data']}: {summary['images']} test images, epsilon {summary['epsilon']:.6g} (L2, pixel space)"
     ]
     for name, accuracy in summary["accuracy"].items():
         low, high = accuracy["interval_95"]
-        label = "PGD" if name == "pgd" else name
+        label, how = named[name]
         count = f"({accuracy['count']}/{summary['images']})"
-        lines.append(
-            f"{label:<10}{accuracy['percent']:6.2f} % {count}  95 %: {low:.1f} to {high:.1f}  {how[name]}".rstrip()
-        )
+        lines.append(f"{label:<10}{accuracy['percent']:6.2f} % {count}  95 %: {low:.1f} to {high:.1f}  {how}".rstrip())
     lipschitz = summary["lipschitz"]
     lines.append(
         f"Lipschitz bound up to the last hidden layer: local {lipschitz['local_median']:.4g} (median), "
@@ -181,6 +185,7 @@ def _image_rows(outcome: Outcome) -> list[dict[str, Any]]:
             "worst_margin": f"{outcome.worst_margin[i]:.6g}",
             "local_bound": f"{outcome.local_bound[i]:.6g}",
             "global_bound": f"{outcome.global_bound[i]:.6g}",
+            "global_radius": f"{outcome.global_radius[i]:.6g}",
         }
         for i in range(len(outcome.label))
     ]
