@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,8 @@ import report
 import utils
 from data_load import ImageSet, load_data
 from dependencies import L2PGDAttack
-from local_bound import Bound, propagate, worst_logits, worst_margin
+from local_bound import STAGES, eliminated, propagate, prove, worst_logits, worst_margin
+from proven_norm import DEPLOYED, ProvenNorms
 from report import CERTIFIED_MULTIPLES, PGD_MULTIPLES, Outcome
 from spectral_norm import PowerIteration
 from utils import InputError
@@ -33,7 +36,16 @@ def arguments() -> argparse.Namespace:
     flag("--saved_model", required=True, help="checkpoint file, or the prefix of one (PREFIX_best.pth)")
     epsilon = "L2 radius in pixel space (pixels in [0, 1]); default: the paper's for the data set"
     flag("--epsilon", type=utils.natural_float, help=epsilon)
-    flag("--test_sniter", type=utils.positive_int, default=2000, help="power iterations per norm")
+    certificate = "upper bounds on all norms, or the published protocol, whose norms are estimates from below"
+    flag("--certificate", choices=["proven", "estimate"], default="proven", help=certificate)
+    probability = "of a proven certificate: that any norm of the whole run is too small"
+    flag("--failure_probability", type=utils.probability, default=1e-6, help=probability)
+    seed = "of the random start vectors of a proven certificate; default: from the operating system"
+    flag("--certificate_seed", type=utils.seed, help=seed)
+    deployed = "what a proven certificate is for: the exact function, or what the network computes in float32"
+    flag("--deployed", choices=list(DEPLOYED), default="exact", help=deployed)
+    flag("--clip", action="store_true", help="certify against valid images only, with pixels in [0, 1]")
+    flag("--test_sniter", type=utils.positive_int, default=2000, help="power iterations per norm of an estimate")
     flag("--test_opt_iter", type=utils.positive_int, default=1000, help="rounds of pinning for the worst-case logits")
     flag("--images", type=utils.positive_int, help="evaluate only the first so many test images; default: all")
     flag("--out", help="folder for the report: a CSV row per image, summary.json and pictures")
@@ -43,45 +55,129 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def evaluate(model: nn.Sequential, images: ImageSet, args: argparse.Namespace) -> Outcome:
+class Estimate:
+    """The published protocol: norms by power iteration, which approaches them from below, in float32."""
+
+    def __init__(self, model: nn.Sequential, args: argparse.Namespace):
+        self.model, self.args, self.clip = model, args, clip_range(args)
+        self.norms = PowerIteration(args.test_sniter, seed=args.seed)
+
+    def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """What is known about a batch at epsilon."""
+        self.norms.iterations, self.norms.local_vectors = self.args.test_sniter, {}
+        bound = propagate(self.model, x, self.args.epsilon, self.norms, self.clip)
+        rows, columns = eliminated(bound)
+        return {
+            "margin": worst_margin(bound.logits, y),
+            "worst_margin": worst_margin(worst_logits(bound, y, self.args.test_opt_iter), y),
+            "local_bound": bound.local_lipschitz,
+            "global_bound": bound.global_lipschitz.expand(len(x)),
+            "global_radius": global_radius(self.model, bound.logits, y, bound.global_lipschitz),
+            "eliminated_rows": rows,
+            "eliminated_columns": columns,
+        }
+
+    def at(self, x: Tensor, y: Tensor, epsilon: float) -> Tensor:
+        """Certified (N,) at another radius; every norm starts from the vectors of the radius before."""
+        self.norms.iterations = max(10, self.args.test_sniter // 20)
+        bound = propagate(self.model, x, epsilon, self.norms, self.clip)
+        return worst_margin(worst_logits(bound, y, self.args.test_opt_iter), y) > 0
+
+    def describe(self) -> dict[str, Any]:
+        """For the summary."""
+        return {"kind": "estimate", "power_iterations": self.args.test_sniter, "clip": self.args.clip}
+
+    def progress(self) -> dict[str, int]:
+        """For the progress bar."""
+        return {}
+
+
+class Proven:
+    """Upper bounds on all norms, in float64, with rounding allowed for (see `proven_norm`)."""
+
+    def __init__(self, model: nn.Sequential, args: argparse.Namespace, images: int):
+        self.model, self.args, self.clip = copy.deepcopy(model).double(), args, clip_range(args)
+        radii = len(CERTIFIED_MULTIPLES) + 1 if args.out else 1
+        planned = images * len(self.model) * len(STAGES) * radii
+        self.norms = ProvenNorms(args.failure_probability, planned, seed=args.certificate_seed, deployed=args.deployed)
+        self.decided = [0] * (len(STAGES) + 1)
+
+    def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """What is known about a batch at epsilon."""
+        proof = prove(self.model, x.double(), y, self.args.epsilon, self.norms, self.clip)
+        open_to_the_end = proof.decided.pop()
+        for stage, count in enumerate(proof.decided):
+            self.decided[stage] += count
+        self.decided[-1] += open_to_the_end
+        return {
+            "margin": worst_margin(proof.logits, y),
+            "worst_margin": proof.margin,
+            "local_bound": proof.local_lipschitz,
+            "global_bound": proof.global_lipschitz.expand(len(x)),
+            "global_radius": global_radius(self.model, proof.logits, y, proof.global_lipschitz),
+            "eliminated_rows": proof.eliminated[0],
+            "eliminated_columns": proof.eliminated[1],
+        }
+
+    def at(self, x: Tensor, y: Tensor, epsilon: float) -> Tensor:
+        """Certified (N,) at another radius."""
+        return prove(self.model, x.double(), y, epsilon, self.norms, self.clip).margin > 0
+
+    def describe(self) -> dict[str, Any]:
+        """For the summary."""
+        return {
+            "kind": "proven",
+            "failure_probability": self.args.failure_probability,
+            "seed": self.norms.seed,
+            "deployed": self.args.deployed,
+            "clip": self.args.clip,
+            "lanczos_steps": list(STAGES),
+            "decided": self.decided,
+        }
+
+    def progress(self) -> dict[str, int]:
+        """For the progress bar."""
+        return {"decided": sum(self.decided[:-1]), "undecided": self.decided[-1]}
+
+
+def clip_range(args: argparse.Namespace) -> tuple[float, float] | None:
+    """Pixel values of a valid image, if the attacker is bound to them."""
+    return (0.0, 1.0) if args.clip else None
+
+
+def evaluate(
+    model: nn.Sequential, images: ImageSet, args: argparse.Namespace, certificate: Estimate | Proven
+) -> Outcome:
     """Evaluate a model in eval mode on all images, as `args` say; both on one device."""
-    norms = PowerIteration(args.test_sniter, seed=args.seed)
     parts = []
     with tqdm(total=len(images), unit="image", disable=None, dynamic_ncols=True) as bar:
         for x, y, _ in images.batches(args.test_batch_size):
-            parts.append(evaluate_batch(model, x, y, norms, args))
+            parts.append(evaluate_batch(model, x, y, args, certificate))
             bar.update(len(x))
+            bar.set_postfix(certificate.progress())
     return Outcome.concatenate(parts)
 
 
 def evaluate_batch(
-    model: nn.Sequential, x: Tensor, y: Tensor, norms: PowerIteration, args: argparse.Namespace
+    model: nn.Sequential, x: Tensor, y: Tensor, args: argparse.Namespace, certificate: Estimate | Proven
 ) -> Outcome:
     """Everything about one batch. x: (N, C, H, W), y: (N,)."""
     attacked = pgd(model, x, y, args.epsilon)
     attacked_curve = [pgd(model, x, y, m * args.epsilon, PGD_CURVE_STEPS) for m in PGD_MULTIPLES if args.out]
     with torch.no_grad():
-        norms.iterations, norms.local_vectors = args.test_sniter, {}
-        bound = propagate(model, x, args.epsilon, norms)
-        worst = worst_margin(worst_logits(bound, y, args.test_opt_iter), y)
-        clean = right(bound.logits, y)
-        rows, columns = eliminated(bound)
-        found = {
+        logits = model(x)
+        clean = right(logits, y)
+        found = certificate(x, y) | {
             "label": y,
-            "prediction": bound.logits.argmax(dim=1),
+            "prediction": logits.argmax(dim=1),
             "clean": clean,
             "pgd": clean & right(model(attacked), y),
-            "certified": worst > 0,
-            "margin": worst_margin(bound.logits, y),
-            "worst_margin": worst,
-            "local_bound": bound.local_lipschitz,
-            "global_bound": bound.global_lipschitz.expand(len(x)),
-            "global_radius": global_radius(bound, y),
-            "eliminated_rows": rows,
-            "eliminated_columns": columns,
             "pgd_over_radius": by_column([clean & right(model(point), y) for point in attacked_curve], x),
-            "certified_over_radius": certified_over_radius(model, x, y, norms, args),
         }
+        found["certified"] = found["worst_margin"] > 0
+        # Downwards, so that what one radius leaves to start from is more than the next one needs.
+        radii = CERTIFIED_MULTIPLES[::-1] * args.epsilon if args.out else ()
+        found["certified_over_radius"] = by_column([certificate.at(x, y, float(r)) for r in radii][::-1], x)
     return Outcome(**{name: column.cpu().numpy() for name, column in found.items()})
 
 
@@ -98,34 +194,13 @@ def pgd(model: nn.Sequential, x: Tensor, y: Tensor, epsilon: float, steps: int =
     return L2PGDAttack(model, cross_entropy, epsilon, steps, epsilon / 4, True, 0.0, 1.0).perturb(x, y)
 
 
-def global_radius(bound: Bound, y: Tensor) -> Tensor:
+def global_radius(model: nn.Sequential, logits: Tensor, y: Tensor, lipschitz: Tensor) -> Tensor:
     """Radius (N,) up to which the global bound alone certifies: the smallest margin over ||w_y - w_j|| times it."""
-    margins = bound.logits.gather(1, y[:, None]) - bound.logits  # (N, K)
-    slopes = (bound.last_weight[y].unsqueeze(1) - bound.last_weight).norm(dim=2) * bound.global_lipschitz
+    weight = model[-1].weight
+    margins = logits.gather(1, y[:, None]) - logits  # (N, K)
+    slopes = (weight[y].unsqueeze(1) - weight).norm(dim=2) * lipschitz
     radii = (margins / slopes).scatter(1, y[:, None], torch.inf)
     return radii.amin(dim=1).clamp(min=0)
-
-
-def eliminated(bound: Bound) -> tuple[Tensor, Tensor]:
-    """Shares (N, L) of the rows and of the columns that the ball switches off, of each of the L local norms."""
-
-    def share(mask: Tensor | None) -> Tensor:
-        return torch.zeros_like(bound.radius) if mask is None else (~mask).flatten(1).float().mean(dim=1)
-
-    columns, rows = zip(*bound.masks.values())
-    return by_column([share(mask) for mask in rows], bound.radius), by_column([share(m) for m in columns], bound.radius)
-
-
-def certified_over_radius(
-    model: nn.Sequential, x: Tensor, y: Tensor, norms: PowerIteration, args: argparse.Namespace
-) -> Tensor:
-    """(N, R) bool. Goes down from the largest radius; every norm starts from the vectors of the radius before."""
-    norms.iterations = max(10, args.test_sniter // 20)
-    columns = []
-    for multiple in CERTIFIED_MULTIPLES[::-1] if args.out else ():
-        bound = propagate(model, x, float(multiple * args.epsilon), norms)
-        columns.insert(0, worst_margin(worst_logits(bound, y, args.test_opt_iter), y) > 0)
-    return by_column(columns, x)
 
 
 def by_column(columns: list[Tensor], like: Tensor) -> Tensor:
@@ -155,9 +230,10 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     started = time.perf_counter()
-    outcome = evaluate(model, images, args)
+    certificate = Proven(model, args, len(images)) if args.certificate == "proven" else Estimate(model, args)
+    outcome = evaluate(model, images, args, certificate)
     seconds = time.perf_counter() - started
-    summary = report.summarize(outcome, args, path, checkpoint.get("arguments"), seconds)
+    summary = report.summarize(outcome, args, path, checkpoint.get("arguments"), certificate.describe(), seconds)
     print(report.as_text(summary))
     if args.out:
         for written in report.write(Path(args.out), outcome, summary):
@@ -166,7 +242,11 @@ def main() -> None:
     if len(broken):
         print(
             f"BROKEN CERTIFICATE: PGD changed the label of {len(broken)} certified images, {broken[:20].tolist()}. "
-            f"The norms are estimates from below; evaluate with more --test_sniter.",
+            + (
+                "The norms are estimates from below; evaluate with --certificate proven."
+                if args.certificate == "estimate"
+                else "A proven certificate must never break: please report this with the seed in summary.json."
+            ),
             file=sys.stderr,
         )
         sys.exit(1)

@@ -12,14 +12,17 @@ registered per layer type with `@rule`. All radii are in the space of x, which i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from proven_norm import ProvenNorms
+from rounding import ExactArithmetic, Rounding
 from spectral_norm import Conv, Dense, LinearOperator, PowerIteration
 from utils import ClampGroupSort, Normalize, ReLU_x
 
@@ -27,7 +30,10 @@ Position = int | str
 
 
 class Norms(Protocol):
-    """Where the walk gets its spectral norms from."""
+    """Where the walk gets its spectral norms from, and whether they make the box and how rounding is treated."""
+
+    local_ball: bool
+    roundoffs: tuple[float, float]
 
     def whole(self, operator: LinearOperator) -> Tensor:
         """||W||, a scalar."""
@@ -53,6 +59,7 @@ class Bound:
         masks: by position of a linear layer, the (columns, rows) that its local norm was taken of; None: all.
         last_weight: (K, H) of the last layer.
         last_columns: (N, H) bool, which of its inputs can vary in the ball; None: all.
+        logit_rounding: (N, K) by how much rounding can change what `worst_logits` adds up; None: exact arithmetic.
     """
 
     logits: Tensor
@@ -68,9 +75,12 @@ class Bound:
     masks: dict[Position, tuple[Tensor | None, Tensor | None]]
     last_weight: Tensor
     last_columns: Tensor | None
+    logit_rounding: Tensor | None
 
 
-def propagate(model: nn.Sequential, x: Tensor, epsilon: float | Tensor, norms: Norms) -> Bound:
+def propagate(
+    model: nn.Sequential, x: Tensor, epsilon: float | Tensor, norms: Norms, clip: tuple[float, float] | None = None
+) -> Bound:
     """Walk through the network with ball and box.
 
     Args:
@@ -78,6 +88,7 @@ def propagate(model: nn.Sequential, x: Tensor, epsilon: float | Tensor, norms: N
         x: (N, ...) images.
         epsilon: L2 radius in the space of x, one for all or one per image (N,).
         norms: answers `whole` and `masked`, e.g. `spectral_norm.PowerIteration(5)`.
+        clip: smallest and largest value of a valid image, if the bound need hold for valid images only.
 
     Raises:
         TypeError: names the first layer without a rule and its position; no layer is ever skipped.
@@ -89,7 +100,7 @@ def propagate(model: nn.Sequential, x: Tensor, epsilon: float | Tensor, norms: N
     *hidden, (position, last) = _layers(model)
     if type(last) is not nn.Linear:
         raise TypeError(f"the network must end in Linear, not in {_describe(position, last)}")
-    walk = _Walk(x, epsilon, norms)
+    walk = _Walk(x, epsilon, norms, clip)
     for position, layer in hidden:
         _rule_for(position, layer)(walk, position, layer)
     return walk.finish(last)
@@ -99,20 +110,30 @@ def _layers(model: nn.Module) -> list[tuple[Position, nn.Module]]:
     """The layers in order: position and module. Within a nested Sequential the position is a string such as "2.0"."""
     if type(model) is not nn.Sequential:
         raise TypeError(f"the network must be an nn.Sequential, got {type(model).__name__}")
-    if len(model) == 0:
-        raise TypeError("the network is empty")
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            where = _describe(name, module) if name else "the network"
+            raise TypeError(f"{where} has forward hooks, which can change what it computes")
     layers: list[tuple[Position, nn.Module]] = []
-    for position, layer in enumerate(model):
-        if type(layer) is nn.Sequential:
-            layers += [(f"{position}.{inner}", module) for inner, module in _layers(layer)]
-        elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layers and type(layers[-1][1]) in _LINEAR:
+    for position, layer in _flat(model):
+        folds = (
+            type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d) and layers and type(layers[-1][1]) in (nn.Conv2d, nn.Linear)
+        )
+        if folds:
             layers[-1] = (layers[-1][0], _BatchNormed(layers[-1][1], layer))
         else:
             layers.append((position, layer))
+    if not layers:
+        raise TypeError("the network is empty")
     return layers
 
 
-_LINEAR = (nn.Conv2d, nn.Linear)
+def _flat(model: nn.Sequential) -> Iterator[tuple[Position, nn.Module]]:
+    for position, layer in enumerate(model):
+        if type(layer) is nn.Sequential:
+            yield from ((f"{position}.{inner}", module) for inner, module in _flat(layer))
+        else:
+            yield position, layer
 
 
 class _BatchNormed(nn.Module):
@@ -127,6 +148,10 @@ def _describe(position: Position, layer: nn.Module) -> str:
     return f"{type(layer).__name__} at position {position}"
 
 
+def _gamma(terms: int, roundoff: float) -> float:
+    return terms * roundoff / (1 - terms * roundoff)
+
+
 def _broadcast(per_image: Tensor, like: Tensor) -> Tensor:
     """(N,) as (N, 1, ...), with as many dimensions as `like`."""
     return per_image.view(-1, *[1] * (like.dim() - 1))
@@ -135,12 +160,17 @@ def _broadcast(per_image: Tensor, like: Tensor) -> Tensor:
 class _Walk:
     """Ball, box and mask on their way through the layers. The rules below move it; it asks `norms` for the norms."""
 
-    def __init__(self, x: Tensor, epsilon: Tensor, norms: Norms):
+    def __init__(self, x: Tensor, epsilon: Tensor, norms: Norms, clip: tuple[float, float] | None):
         self.norms = norms
         self.epsilon = epsilon
         self.center = x
-        self.lower = x - _broadcast(epsilon, x)
-        self.upper = x + _broadcast(epsilon, x)
+        # Of this computation, which the ball and the box have to allow for, and of the deployed network.
+        self.rounding, self.deployed = (Rounding(u, epsilon) if u else ExactArithmetic() for u in norms.roundoffs)
+        half = _broadcast(epsilon, x)
+        half = half + self.rounding.widening(x, half)
+        self.lower, self.upper = x - half, x + half
+        if clip is not None:
+            self.lower, self.upper = self.lower.clamp(min=clip[0]), self.upper.clamp(max=clip[1])
         self.columns: Tensor | None = None  # (N, ...) which of the current activations can vary; None: all
         self.local_norms: dict[Position, Tensor] = {}
         self.global_norms: dict[Position, Tensor] = {}
@@ -154,16 +184,31 @@ class _Walk:
         """Move through W x + b."""
         self._close()
         self._open = _OpenLayer(operator, self.columns)
-        radius = _broadcast(self.epsilon * self.global_lipschitz, self.center)
-        reach = radius.view(-1, *[1] * len(operator.output_shape)) * operator.row_norms()
+        lipschitz = self.local_lipschitz if self.norms.local_ball else self.global_lipschitz
+        radius = self.epsilon * lipschitz + self.rounding.distance
+        length = self._longest(radius)
+        rounding = self.rounding.of_sums(operator, length)
+        reach = radius.view(-1, *[1] * len(operator.output_shape)) * operator.row_norms() + rounding
         middle, half = (self.upper + self.lower) / 2, (self.upper - self.lower) / 2
         self.center, middle = operator.affine(torch.cat([self.center, middle])).chunk(2)
-        half = operator.absolute(half)
+        half = operator.absolute(half) + rounding
         self.lower = torch.maximum(middle - half, self.center - reach)
         self.upper = torch.minimum(middle + half, self.center + reach)
         self.columns = None
-        self.global_norms[operator.position] = self.norms.whole(operator)
-        self.global_lipschitz = self.global_lipschitz * self.global_norms[operator.position]
+        norm = self.norms.whole(operator)
+        self.global_norms[operator.position] = norm
+        self.global_lipschitz = self.global_lipschitz * norm
+        if length is not None:
+            absolute = self.norms.absolute(operator)
+            self.rounding.pass_layer(operator, norm, absolute, length)
+            self.deployed.pass_layer(operator, norm, absolute, length)
+
+    def _longest(self, radius: Tensor) -> Tensor | None:
+        """L2 length (N,) that no vector in box and ball exceeds, nor one that is multiplied; None if nothing asks."""
+        if not any(self.norms.roundoffs):
+            return None
+        largest = torch.maximum(self.lower.abs(), torch.maximum(self.upper.abs(), self.center.abs()))
+        return largest.flatten(1).norm(dim=1) + radius
 
     def elementwise(self, position: Position, layer: nn.Module, varying: Tensor) -> None:
         """Move through a monotone activation that treats every entry by itself.
@@ -196,12 +241,19 @@ class _Walk:
     def finish(self, last: nn.Linear) -> Bound:
         """Read off the last hidden layer and pass its value at x through the last layer."""
         self._close()
+        radius = self.epsilon * self.local_lipschitz + self.rounding.distance
+        length, logit_rounding = self._longest(radius), None
+        if length is not None:
+            # A millionth more outweighs the rounding of the difference of squares in `worst_logits`, which cancels.
+            radius = radius * (1 + 1e-6)
+            logit_rounding = self.rounding.of_logits(last, length) + self.deployed.of_logits(last, length)
         return Bound(
             logits=last(self.center),
             center=self.center,
             lower=self.lower,
             upper=self.upper,
-            radius=self.epsilon * self.local_lipschitz,
+            radius=radius,
+            logit_rounding=logit_rounding,
             local_lipschitz=self.local_lipschitz,
             global_lipschitz=self.global_lipschitz,
             local_norms=self.local_norms,
@@ -258,13 +310,18 @@ def rule(*layer_types: type[nn.Module]) -> Callable[[Rule], Rule]:
 def _rule_for(position: Position, layer: nn.Module) -> Rule:
     if type(layer) not in _RULES:
         raise TypeError(f"no rule for {_describe(position, layer)}; supported are {', '.join(sorted(_supported()))}")
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        raise TypeError(f"{_describe(position, layer)} has forward hooks, which can change what it computes")
     return _RULES[type(layer)]
 
 
 def _supported() -> set[str]:
     return {layer_type.__name__ for layer_type in _RULES}
+
+
+def _refuse_deployed(walk: _Walk, position: Position, layer: nn.Module) -> None:
+    if walk.norms.roundoffs[1]:
+        raise TypeError(
+            f"{_describe(position, layer)}: its rounding in float32 is not bounded; fold it into its neighbour"
+        )
 
 
 def _refuse_training_mode(position: Position, layer: nn.Module) -> None:
@@ -288,36 +345,44 @@ def _operator(walk: _Walk, position: Position, layer: nn.Conv2d | nn.Linear) -> 
 
 @rule(nn.BatchNorm1d, nn.BatchNorm2d)
 def _batch_norm(walk: _Walk, position: Position, layer: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
+    _refuse_deployed(walk, position, layer)
     walk.linear(_channelwise(walk, position, *_scale_and_shift(position, layer)))
 
 
 @rule(_BatchNormed)
 def _batch_normed(walk: _Walk, position: Position, layer: _BatchNormed) -> None:
-    scale_and_shift = _scale_and_shift(position, layer.normalization)
-    walk.linear(_operator(walk, position, layer.linear).rescaled(*scale_and_shift))
+    _refuse_deployed(walk, position, layer.normalization)
+    affine = _scale_and_shift(position, layer.normalization)
+    walk.linear(_operator(walk, position, layer.linear).rescaled(*affine))
 
 
-def _scale_and_shift(position: Position, layer: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Batch normalisation in eval mode as scale * x + shift, (C,) each."""
+def _scale_and_shift(position: Position, layer: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch normalisation in eval mode as scale * x + shift, and the size of the terms of the shift; (C,) each."""
     _refuse_training_mode(position, layer)
     if layer.running_var is None:
         raise TypeError(f"{_describe(position, layer)} keeps no running statistics, so it depends on the batch")
     weight, bias = (1, 0) if layer.weight is None else (layer.weight, layer.bias)
     scale = weight * (layer.running_var + layer.eps).rsqrt()
-    return scale, bias - layer.running_mean * scale
+    center = layer.running_mean * scale
+    return scale, bias - center, abs(bias) + center.abs()
 
 
 @rule(Normalize)
 def _normalize(walk: _Walk, position: Position, layer: Normalize) -> None:
+    _refuse_deployed(walk, position, layer)
     scale = (1 / layer.std).expand(walk.center.shape[1])
-    walk.linear(_channelwise(walk, position, scale, -layer.mean * scale))
+    center = layer.mean * scale
+    walk.linear(_channelwise(walk, position, scale, -center, center.abs()))
 
 
-def _channelwise(walk: _Walk, position: Position, scale: Tensor, shift: Tensor) -> Conv | Dense:
+def _channelwise(walk: _Walk, position: Position, scale: Tensor, shift: Tensor, shift_size: Tensor) -> Conv | Dense:
     """scale * x + shift for every channel, (C,) each, as a convolution with 1x1 kernels or a diagonal matrix."""
     if walk.center.dim() == 2:
-        return Dense(scale.diag(), shift, position)
-    return Conv(scale[:, None, None, None], shift, position, walk.center.shape[1:], groups=len(scale))
+        identity = Dense(torch.ones_like(scale).diag(), None, position)
+    else:
+        ones = torch.ones_like(scale)[:, None, None, None]
+        identity = Conv(ones, None, position, walk.center.shape[1:], groups=len(scale))
+    return identity.rescaled(scale, shift, shift_size)
 
 
 @rule(nn.AvgPool2d)
@@ -395,7 +460,12 @@ def worst_logits(bound: Bound, y: Tensor, rounds: int = 1) -> Tensor:
     on_faces = torch.where(pinned, direction * face, 0).sum(dim=2)  # (N, K)
     radius_left = radius.squeeze(2) ** 2 - torch.where(pinned, face, 0).square().sum(dim=2)
     free = torch.where(pinned, 0, direction).square().sum(dim=2)
-    return bound.logits + on_faces + _sqrt(radius_left) * _sqrt(free)
+    worst = bound.logits + on_faces + _sqrt(radius_left) * _sqrt(free)
+    if bound.logit_rounding is None:
+        return worst
+    # A margin is off by what its two logits are off by.
+    rounding = bound.logit_rounding + bound.logit_rounding.gather(1, y[:, None])
+    return worst + rounding.scatter(1, y[:, None], 0)
 
 
 @torch.no_grad()
@@ -458,10 +528,102 @@ def _largest_wrong(logits: Tensor, y: Tensor) -> Tensor:
     return logits.scatter(1, y[:, None], -torch.inf).amax(dim=1)  # (N,)
 
 
+# --- proven certificates ---------------------------------------------------------------------------------------------
+
+# Lanczos steps of the stages of a proof; images that one stage decides do not reach the next.
+STAGES = (0, 25, 75, 250)
+# Rounds of pinning at most; they end by themselves when nothing leaves the box any more.
+_ROUNDS = 1000
+
+
+@dataclass
+class Proof:
+    """What `prove` found for N images.
+
+    Attributes:
+        logits: (N, K) at x.
+        margin: (N,) by how much the label's logit exceeds every other in the whole ball; certified is where it is > 0.
+        local_lipschitz: (N,) the upper bound that decided, up to the last hidden layer; the global one where that did.
+        global_lipschitz: scalar, upper bound.
+        eliminated: two (N, L), the shares of rows and columns that the ball switches off of each local norm.
+        decided: number of images that each stage decided; last, how many stayed open to the end.
+    """
+
+    logits: Tensor
+    margin: Tensor
+    local_lipschitz: Tensor
+    global_lipschitz: Tensor
+    eliminated: tuple[Tensor, Tensor]
+    decided: list[int]
+
+
+@torch.no_grad()
+def prove(
+    model: nn.Sequential,
+    x: Tensor,
+    y: Tensor,
+    epsilon: float | Tensor,
+    norms: ProvenNorms,
+    clip: tuple[float, float] | None = None,
+) -> Proof:
+    """Certify in stages: global norms first, then more and more Lanczos steps for the images that are still open.
+
+    An image is decided when its margin is positive, or when it would not be with norms at the lower ends of their
+    brackets. Only the first certifies; the second saves work. Arguments and errors are those of `propagate`.
+
+    model, x: float64. y: (N,).
+    """
+    epsilon = torch.as_tensor(epsilon, dtype=x.dtype, device=x.device).expand(len(x))
+    still_open = torch.arange(len(x), device=x.device)
+    decided: list[int] = []
+    for norms.steps in STAGES:
+        bound = propagate(model, x[still_open], epsilon[still_open], norms, clip)
+        margin, possible = _margins(bound, y[still_open], epsilon[still_open], norms)
+        found = [bound.logits, margin, bound.local_lipschitz, *eliminated(bound)]
+        if not decided:
+            known = [column.clone() for column in found]
+        for every, some in zip(known, found):
+            every[still_open] = some
+        rest = ~(margin > 0) & possible
+        decided.append(int((~rest).sum()))
+        still_open = still_open[rest]
+        if not len(still_open):
+            break
+    logits, margin, local, *shares = known
+    return Proof(logits, margin, local, bound.global_lipschitz, tuple(shares), [*decided, len(still_open)])
+
+
+def _margins(bound: Bound, y: Tensor, epsilon: Tensor, norms: ProvenNorms) -> tuple[Tensor, Tensor]:
+    """The margin in the ball (N,), and whether more steps could make it positive (N,) bool."""
+    margin = worst_margin(worst_logits(bound, y, _ROUNDS), y)
+    if norms.steps == 0:
+        # Nothing is known of masked norms yet, but an image that is misclassified stays so.
+        return margin, worst_margin(bound.logits, y) > 0
+    lowest = torch.ones_like(margin)
+    for position in bound.local_norms:
+        lowest = lowest * norms.lower[position]
+    best = worst_margin(worst_logits(replace(bound, radius=epsilon * lowest), y, _ROUNDS), y)
+    return margin, best > 0
+
+
+def eliminated(bound: Bound) -> tuple[Tensor, Tensor]:
+    """Shares (N, L) of the rows and of the columns that the ball switches off, of each of the L local norms."""
+
+    def share(mask: Tensor | None) -> Tensor:
+        return torch.zeros_like(bound.radius) if mask is None else (~mask).flatten(1).to(bound.radius.dtype).mean(dim=1)
+
+    if not bound.masks:
+        return bound.radius.new_zeros(len(bound.radius), 0), bound.radius.new_zeros(len(bound.radius), 0)
+    columns, rows = zip(*bound.masks.values())
+    return torch.stack([share(mask) for mask in rows], dim=1), torch.stack([share(mask) for mask in columns], dim=1)
+
+
 # --- for a network of your own ---------------------------------------------------------------------------------------
 
-# Power iterations and rounds of pinning where the caller names none.
-_ITERATIONS, _ROUNDS = 1000, 1000
+# Power iterations of an estimate.
+_ITERATIONS = 1000
+# Norms that bisection may need per image and layer: as many stages as it takes, for as many radii as it takes.
+_CALLS = 100 * len(STAGES)
 
 
 @dataclass
@@ -482,13 +644,18 @@ class Lipschitz:
 
 
 @torch.no_grad()
-def local_lipschitz(model: nn.Sequential, x: Tensor, epsilon: float | Tensor, norms: Norms | None = None) -> Lipschitz:
+def local_lipschitz(
+    model: nn.Sequential,
+    x: Tensor,
+    epsilon: float | Tensor,
+    certificate: str | Norms = "proven",
+    failure_probability: float = 1e-6,
+) -> Lipschitz:
     """Lipschitz bounds of the whole network, logits included, in the epsilon-balls around x and everywhere.
 
-    Arguments and errors are those of `propagate`. Without `norms` it takes 1,000 power iterations per norm: estimates,
-    which approach the norms from below.
+    Arguments and errors are those of `certify`, which also says what `certificate` means.
     """
-    norms = norms or PowerIteration(_ITERATIONS)
+    model, x, norms = _prepare(model, x, certificate, failure_probability)
     bound = propagate(model, x, epsilon, norms)
     position, last = _layers(model)[-1]
     operator = Dense.of(last, position)
@@ -508,15 +675,30 @@ def certify(
     x: Tensor,
     y: Tensor,
     epsilon: float | Tensor,
-    norms: Norms | None = None,
+    certificate: str | Norms = "proven",
+    failure_probability: float = 1e-6,
 ) -> Tensor:
     """Whether the label y is the network's answer on the whole epsilon-ball around x: (N,) bool.
 
-    A tie, a NaN and an image that is not finite count as no. Arguments and errors are those of `propagate`; y: (N,).
-    Without `norms` it takes 1,000 power iterations per norm: estimates, which approach the norms from below.
+    A tie, a NaN and an image that is not finite count as no.
+
+    Args:
+        model: as for `propagate`; it is not changed. The certificate is for the function that its weights define in
+            exact arithmetic.
+        x: (N, ...) images.
+        y: (N,) labels.
+        epsilon: L2 radius in the space of x, one for all or one per image (N,).
+        certificate: `proven` computes in float64 with upper bounds on all norms and allows for rounding. `estimate` is
+            the published protocol: 1,000 power iterations per norm, which approach the norms from below, in the
+            precision of the model. A norms object of your own (see `spectral_norm`) is asked as it is.
+        failure_probability: of a proven certificate: that any norm of the call is too small (see `proven_norm`).
+
+    Raises:
+        TypeError: names the first layer without a rule and its position.
+        ValueError: as `propagate`, or for a certificate of another name.
     """
-    bound = propagate(model, x, epsilon, norms or PowerIteration(_ITERATIONS))
-    return (worst_margin(worst_logits(bound, y, _ROUNDS), y) > 0) & x.flatten(1).isfinite().all(dim=1)
+    model, x, norms = _prepare(model, x, certificate, failure_probability)
+    return _certified(model, x, y, epsilon, norms)
 
 
 @torch.no_grad()
@@ -525,26 +707,57 @@ def certified_radius(
     x: Tensor,
     y: Tensor | None = None,
     tolerance: float = 1e-3,
-    norms: Norms | None = None,
+    certificate: str | Norms = "proven",
+    failure_probability: float = 1e-6,
+    limit: float = 1e3,
 ) -> Tensor:
     """The largest certified epsilon per image, found by bisection: (N,), in the space of x.
 
     The radius returned was itself certified (0 where the network's answer is not y), and one that is larger by
-    `tolerance` was not. Without y, (N,), the network's own answer is the label. Arguments otherwise and errors are
-    those of `propagate`; without `norms` it takes 1,000 power iterations per norm: estimates from below.
+    `tolerance` at most was not. Images that are certified up to `limit`, which is more than any two images of 0.3
+    million pixels in [0, 1] lie apart, get `limit`. Without y, (N,), the network's own answer is the label. Arguments
+    otherwise and errors are those of `certify`.
     """
-    norms = norms or PowerIteration(_ITERATIONS)
+    model, x, norms = _prepare(model, x, certificate, failure_probability)
     if y is None:
         y = model(x).argmax(dim=1)
     good = x.new_zeros(len(x))
-    possible = certify(model, x, y, good, norms)
-    bad = torch.full_like(good, tolerance)
+    possible = _certified(model, x, y, good, norms)
+    bad = torch.full_like(good, min(tolerance, limit))
     growing = possible
     while growing.any():
-        growing = growing & certify(model, x, y, bad, norms)
-        good, bad = torch.where(growing, bad, good), torch.where(growing, 2 * bad, bad)
-    while (possible & (bad - good > tolerance)).any():
+        growing = growing & _certified(model, x, y, bad, norms)
+        good = torch.where(growing, bad, good)
+        growing = growing & (bad < limit)
+        bad = torch.where(growing, (2 * bad).clamp(max=limit), bad)
+    while True:
         middle = (good + bad) / 2
-        certified = possible & certify(model, x, y, middle, norms)
-        good, bad = torch.where(certified, middle, good), torch.where(certified, bad, middle)
-    return good
+        # In low precision the interval may not shrink to the tolerance.
+        splits = possible & (bad - good > tolerance) & (good < middle) & (middle < bad)
+        if not splits.any():
+            return good
+        certified = splits & _certified(model, x, y, middle, norms)
+        good, bad = torch.where(certified, middle, good), torch.where(splits & ~certified, middle, bad)
+
+
+def _prepare(
+    model: nn.Sequential, x: Tensor, certificate: str | Norms, failure_probability: float
+) -> tuple[nn.Sequential, Tensor, Norms]:
+    """Model, images and norms of a certificate of that name."""
+    if not isinstance(certificate, str):
+        return model, x, certificate
+    if certificate == "estimate":
+        return model, x, PowerIteration(_ITERATIONS)
+    if certificate != "proven":
+        raise ValueError(f"the certificate must be 'proven' or 'estimate', got '{certificate}'")
+    planned = len(x) * len(_layers(model)) * _CALLS
+    return copy.deepcopy(model).double(), x.double(), ProvenNorms(failure_probability, planned, steps=STAGES[-1])
+
+
+def _certified(model: nn.Sequential, x: Tensor, y: Tensor, epsilon: float | Tensor, norms: Norms) -> Tensor:
+    if isinstance(norms, ProvenNorms):
+        margin = prove(model, x, y, epsilon, norms).margin
+    else:
+        bound = propagate(model, x, epsilon, norms)
+        margin = worst_margin(worst_logits(bound, y, _ROUNDS), y)
+    return (margin > 0) & x.flatten(1).isfinite().all(dim=1)

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 LOCAL, GLOBAL, ATTACK, INK = "#1f6feb", "#8b949e", "#d1542b", "#24292f"
 
 # The curves over the radius: multiples of epsilon for the certificate, and for PGD between 0 and epsilon and beyond.
-CERTIFIED_MULTIPLES = np.linspace(0, 2, 17)
+CERTIFIED_MULTIPLES = np.linspace(0, 2, 9)
 PGD_MULTIPLES = np.array([0.5, 1.5, 2.0])
 
 
@@ -63,17 +63,25 @@ class Outcome:
 # --- summary ---------------------------------------------------------------------------------------------------------
 
 
-def summarize(outcome: Outcome, args: argparse.Namespace, checkpoint: Path, training: Any, seconds: float) -> dict:
+def summarize(
+    outcome: Outcome,
+    args: argparse.Namespace,
+    checkpoint: Path,
+    training: dict | None,
+    certificate: dict,
+    seconds: float,
+) -> dict:
     """The evaluation in numbers, ready for JSON.
 
-    checkpoint: the evaluated file. training: the arguments it was trained with, if it knows. seconds: wall time.
+    checkpoint: the evaluated file. training: the arguments it was trained with, if it knows. certificate: its `kind`,
+    `proven` or `estimate`, and what belongs to it. seconds: wall time.
     """
     return {
         "arguments": vars(args),
         "checkpoint": {"sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), "training": training},
         "images": len(outcome.label),
         "epsilon": args.epsilon,
-        "certificate": {"kind": "estimate", "power_iterations": args.test_sniter},
+        "certificate": certificate,
         "accuracy": {
             "clean": _accuracy(outcome.clean),
             "pgd": _accuracy(outcome.pgd),
@@ -81,9 +89,10 @@ def summarize(outcome: Outcome, args: argparse.Namespace, checkpoint: Path, trai
             "certified_globally": _accuracy(outcome.global_radius > args.epsilon),
         },
         "lipschitz": {
-            "local_median": float(np.median(outcome.local_bound)),
-            "global": float(outcome.global_bound[0]),
-            "local_over_global_median": float(np.median(outcome.local_bound / outcome.global_bound)),
+            "images_with_local": int(np.isfinite(_ratio(outcome)).sum()),
+            "local_median": _median(outcome.local_bound[np.isfinite(_ratio(outcome))]),
+            "global": _median(outcome.global_bound),
+            "local_over_global_median": _median(_ratio(outcome)),
         },
         "not_a_number": int(np.isnan(outcome.worst_margin).sum()),
         "certified_but_broken_by_pgd": int((outcome.certified & ~outcome.pgd).sum()),
@@ -94,6 +103,19 @@ def summarize(outcome: Outcome, args: argparse.Namespace, checkpoint: Path, trai
 
 
 _PACKAGES = ("torch", "torchvision", "numpy", "advertorch")
+
+
+def _ratio(outcome: Outcome) -> np.ndarray:
+    """(N,) local over global Lipschitz bound; NaN where the global one decided, is 0, or one is not finite."""
+    usable = np.isfinite(outcome.local_bound) & np.isfinite(outcome.global_bound) & (outcome.global_bound > 0)
+    usable &= outcome.local_bound != outcome.global_bound
+    return np.divide(outcome.local_bound, outcome.global_bound, out=np.full(len(usable), np.nan), where=usable)
+
+
+def _median(values: np.ndarray) -> float | None:
+    """The median of the finite values; None, which JSON knows, if there is none."""
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if len(finite) else None
 
 
 def _version(package: str) -> str | None:
@@ -124,11 +146,11 @@ def wilson_interval(count: int, total: int, z: float = 1.959964) -> tuple[float,
 
 def as_text(summary: dict) -> str:
     """The summary for people, a few lines."""
-    arguments, iterations = summary["arguments"], summary["certificate"]["power_iterations"]
+    arguments, how_certified = summary["arguments"], _how_certified(summary["certificate"])
     named = {
         "clean": ("clean", ""),
         "pgd": ("PGD", "100 steps of epsilon/4 inside [0, 1]"),
-        "certified": ("certified", f"local bound, estimate: norms by {iterations} power iterations"),
+        "certified": ("certified", f"local bound, {how_certified}"),
         "certified_globally": ("", "global bound, likewise"),
     }
     lines = [
@@ -140,13 +162,23 @@ def as_text(summary: dict) -> str:
         count = f"({accuracy['count']}/{summary['images']})"
         lines.append(f"{label:<10}{accuracy['percent']:6.2f} % {count}  95 %: {low:.1f} to {high:.1f}  {how}".rstrip())
     lipschitz = summary["lipschitz"]
-    lines.append(
-        f"Lipschitz bound up to the last hidden layer: local {lipschitz['local_median']:.4g} (median), "
-        f"global {lipschitz['global']:.4g}; local / global {lipschitz['local_over_global_median']:.3f} (median)"
-    )
+    if lipschitz["local_over_global_median"] is not None:
+        lines.append(
+            f"Lipschitz bound up to the last hidden layer: global {lipschitz['global']:.4g}, local "
+            f"{lipschitz['local_median']:.4g}, local / global {lipschitz['local_over_global_median']:.3f} (medians of the "
+            f"{lipschitz['images_with_local']} images that the global bound does not decide)"
+        )
     if summary["not_a_number"]:
         lines.append(f"{summary['not_a_number']} images have a NaN in their bound and count as not certified")
     return "\n".join(lines)
+
+
+def _how_certified(certificate: dict) -> str:
+    valid = " against valid images" if certificate["clip"] else ""
+    if certificate["kind"] == "estimate":
+        return f"estimate{valid}: norms by {certificate['power_iterations']} power iterations"
+    function = "the float32 network" if certificate["deployed"] == "float32" else "the exact function"
+    return f"proven{valid} for {function}, but for a probability of {certificate['failure_probability']:g}"
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -226,9 +258,10 @@ def _certified_over_radius(outcome: Outcome, epsilon: float) -> Figure:
 
 def _local_over_global(outcome: Outcome, epsilon: float) -> Figure:
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    ratio = outcome.local_bound / outcome.global_bound
-    axes.hist(ratio[np.isfinite(ratio)], bins=np.linspace(0, max(1.0, np.nanmax(ratio)), 51), color=LOCAL)
-    median = float(np.nanmedian(ratio))
+    ratio = _ratio(outcome)
+    ratio = ratio[np.isfinite(ratio)]
+    axes.hist(ratio, bins=np.linspace(0, max(1.0, ratio.max(initial=0)), 51), color=LOCAL)
+    median = float(np.median(ratio)) if len(ratio) else 0.0
     axes.axvline(median, color=INK, linewidth=1)
     axes.annotate(
         f"median {median:.3f}",
@@ -273,44 +306,82 @@ def _save(figure: Figure, path: Path) -> None:
 
 # --- table of all summaries ------------------------------------------------------------------------------------------
 
-# Job, what it is, published clean / PGD / certified, published epochs.
+
+@dataclass(frozen=True)
+class Published:
+    """A row of the paper: job, what it is, radius, epochs, and clean / PGD / certified accuracy in percent."""
+
+    job: str
+    title: str
+    epsilon: float
+    epochs: int
+    accuracy: tuple[float, float, float]
+
+
 PAPER = (
-    ("mnist-4c3f", "MNIST, ε = 1.58, 4C3F, GloRo loss", (96.3, 78.2, 55.8), 300),
-    ("cifar10-4c3f", "CIFAR-10, ε = 36/255, 4C3F", (70.1, 64.2, 53.5), 800),
-    ("cifar10-6c2f", "CIFAR-10, ε = 36/255, 6C2F", (70.7, 64.8, 54.3), 800),
-    ("cifar10-6c2f-gloro", "CIFAR-10, ε = 36/255, 6C2F, GloRo loss", (76.4, 69.2, 51.3), 800),
-    ("cifar10-6c2f-maxmin", "CIFAR-10, ε = 36/255, 6C2F, clipped MaxMin", (77.4, 70.4, 60.7), 800),
+    Published("mnist-4c3f", "MNIST, ε = 1.58, 4C3F, GloRo loss", 1.58, 300, (96.3, 78.2, 55.8)),
+    Published("cifar10-4c3f", "CIFAR-10, ε = 36/255, 4C3F", 36 / 255, 800, (70.1, 64.2, 53.5)),
+    Published("cifar10-6c2f", "CIFAR-10, ε = 36/255, 6C2F", 36 / 255, 800, (70.7, 64.8, 54.3)),
+    Published("cifar10-6c2f-gloro", "CIFAR-10, ε = 36/255, 6C2F, GloRo loss", 36 / 255, 800, (76.4, 69.2, 51.3)),
+    Published("cifar10-6c2f-maxmin", "CIFAR-10, ε = 36/255, 6C2F, clipped MaxMin", 36 / 255, 800, (77.4, 70.4, 60.7)),
 )
 BEGIN, END = "<!-- table: bash run_job.sh table -->", "<!-- end of table -->"
 
 
 def table(results: Path) -> str:
-    """All rows of the paper as Markdown, with what results/JOB/summary.json found beside them."""
+    """All rows of the paper as Markdown, with what the summaries below results/JOB/ found beside them."""
     lines = [
-        "| job | | paper: clean / PGD / certified | here: clean / PGD / certified (estimate) | epochs | hardware |",
-        "|---|---|---|---|---|---|",
+        "| job | | paper: clean / PGD / certified (estimate) | here: clean / PGD | certified, proven "
+        "| certified, estimate | remarks |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for job, title, published, epochs in PAPER:
-        path = results / job / "summary.json"
-        found = _table_cells(json.loads(path.read_text()), epochs) if path.is_file() else ["not run", "", ""]
-        lines.append(f"| `{job}` | {title} | {_triple(published)} | {' | '.join(found)} |")
+    for row in PAPER:
+        summaries = [json.loads(path.read_text()) for path in sorted((results / row.job).rglob("summary.json"))]
+        cells = [f"`{row.job}`", row.title, " / ".join(f"{p:.1f}" for p in row.accuracy), *_table_cells(row, summaries)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _triple(percents: tuple[float, ...] | list[float]) -> str:
-    return " / ".join(f"{p:.1f}" for p in percents)
+def _table_cells(row: Published, summaries: list[dict]) -> list[str]:
+    if not summaries:
+        return ["not run", "", "", ""]
+    clean, pgd = (_percent(summaries[0], name) for name in ("clean", "pgd"))
+    certified = {summary["certificate"]["kind"]: _percent(summary, "certified") for summary in summaries}
+    remarks = dict.fromkeys(remark for summary in summaries for remark in _remarks(row, summary))
+    return [
+        f"{clean} / {pgd}",
+        *(certified.get(kind, "not run") for kind in ("proven", "estimate")),
+        "; ".join(remarks),
+    ]
 
 
-def _table_cells(summary: dict, published_epochs: int) -> list[str]:
-    accuracies = _triple([summary["accuracy"][name]["percent"] for name in ("clean", "pgd", "certified")])
-    trained = (summary["checkpoint"]["training"] or {}).get("epochs")
-    scaled = "" if trained in (None, published_epochs) else f" of {published_epochs}: a scaled run"
-    images = "" if summary["images"] == 10000 else f" (first {summary['images']} images)"
-    return [accuracies + images, f"{trained or 'unknown'}{scaled}", summary["hardware"]]
+def _percent(summary: dict, name: str) -> str:
+    return f"{summary['accuracy'][name]['percent']:.1f}"
+
+
+def _remarks(row: Published, summary: dict) -> list[str]:
+    """What a reader has to know before comparing with the paper."""
+    training, certificate = summary["checkpoint"]["training"] or {}, summary["certificate"]
+    width, epochs = summary["arguments"]["width"], training.get("epochs")
+    remarks = [f"{epochs or 'unknown number of'} epochs, evaluated on {summary['hardware']}"]
+    if epochs not in (None, row.epochs):
+        remarks.append(f"a scaled run: {epochs} of {row.epochs} epochs")
+    if abs(summary["epsilon"] - row.epsilon) > 2e-4:  # the authors evaluated at 0.141 what they call 36/255
+        remarks.append(f"at ε = {summary['epsilon']:g}")
+    if width != 1:
+        remarks.append(f"{width:g} of the width")
+    if summary["images"] != 10000:
+        remarks.append(f"first {summary['images']} images")
+    if certificate["kind"] == "estimate" and certificate["power_iterations"] != 2000:
+        remarks.append(f"estimate by {certificate['power_iterations']} power iterations")
+    if certificate["clip"]:
+        remarks.append("valid images only")
+    return remarks
 
 
 def main() -> None:
     """Print the table and put it into the README between its two marks."""
+    utils.ArgumentParser("Put all summaries below results/ into the table of the README.").parse_args()
     here = Path(__file__).resolve().parent
     readme = here / "README.md"
     text = readme.read_text()

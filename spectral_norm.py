@@ -7,8 +7,13 @@ object and asks two questions:
     masked(operator, in_mask, out_mask)   ||D_out W D_in|| for every image, (N,); asked after `whole`
 
 where the masks are (N, *shape) booleans, or None for "nothing is switched off"; with two None it may answer with the
-scalar ||W||. `PowerIteration` answers with
-differentiable estimates from below (the published method); anything else with these two methods can take its place.
+scalar ||W||. Two attributes say how the walk has to treat the answers:
+
+    local_ball    whether the ball that bounds the box shrinks with the local norms so far, or with the global ones
+    roundoffs     unit roundoffs to allow for: of the bound's own arithmetic, and of the deployed network's; 0: exact
+
+Where one of these is not 0, the walk also asks for absolute(operator), a bound on || |W| ||. `PowerIteration` answers
+with differentiable estimates from below (the published method), `proven_norm.ProvenNorms` with upper bounds.
 """
 
 from __future__ import annotations
@@ -27,12 +32,14 @@ class LinearOperator(ABC):
 
     Attributes:
         weight, bias: what W and b are made of; gradients flow to them.
+        bias_size: (C_out,) sum of the absolute values of the terms that b was added up from, where it was; or None.
         position: where the layer stands in the network.
         input_shape, output_shape: shapes of one image's activations before and after, without the batch.
     """
 
     weight: Tensor
     bias: Tensor | None
+    bias_size: Tensor | None = None
     position: int | str
     input_shape: torch.Size
     output_shape: torch.Size
@@ -57,11 +64,19 @@ class LinearOperator(ABC):
     def row_norms(self) -> Tensor:
         """L2 norm of the row of W that makes an output, or more; broadcasts over (N, *output_shape)."""
 
-    def rescaled(self, scale: Tensor, shift: Tensor) -> LinearOperator:
-        """The operator followed by scale * x + shift for every output channel; scale, shift: (C_out,)."""
+    def absolute_operator(self) -> LinearOperator:
+        """|W| as an operator of its own, entry by entry absolute, without b."""
+        result = copy.copy(self)
+        result.weight, result.bias, result.bias_size = self.weight.abs(), None, None
+        return result
+
+    def rescaled(self, scale: Tensor, shift: Tensor, shift_size: Tensor | None = None) -> LinearOperator:
+        """The operator followed by scale * x + shift for every output channel; all (C_out,), see `bias_size`."""
         result = copy.copy(self)
         result.weight = self.weight * scale.view(-1, *[1] * (self.weight.dim() - 1))
-        result.bias = shift if self.bias is None else self.bias * scale + shift
+        bias = 0 if self.bias is None else self.bias * scale
+        result.bias = bias + shift
+        result.bias_size = abs(bias) + (shift.abs() if shift_size is None else shift_size)
         return result
 
 
@@ -174,6 +189,9 @@ class PowerIteration:
         global_vectors: start vectors of the whole norms by position: (1, *shape).
         seed: of the random start vectors where none are given.
     """
+
+    local_ball = False
+    roundoffs = (0.0, 0.0)
 
     def __init__(
         self,

@@ -281,6 +281,13 @@ def natural_float(text: str) -> float:
     return value
 
 
+def probability(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
+    return value
+
+
 def positive_float(text: str) -> float:
     value = natural_float(text)
     if value == 0:

@@ -1,16 +1,19 @@
 import argparse
+import os
+import re
 import shlex
+import subprocess
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, read_csv, spawn
+from conftest import ROOT, TINY, Answer, read_csv, spawn
 
 import evaluate
 import train_mnist
 import utils
 
-SCRIPTS = ["train_mnist", "evaluate"]
+SCRIPTS = ["train_mnist", "train_cifar10", "evaluate"]
 
 # --- command lines
 
@@ -74,6 +77,101 @@ def test_scripts_end_with_the_code_of_what_went_wrong(error, code, capsys):
         utils.run_script(main)
     assert exit.value.code == code
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# --- jobs
+
+# The published lines; the 4C3F nets start at 1.0 as the authors' runs did, whatever their line said.
+EFFORT = "--test_batch_size 256 --test_sniter 2000"
+JOBS = {
+    "mnist-4c3f": "train_mnist.py --model relux --sniter 5 --init 1.0 --epsilon_train 1.75 --gloro --no_augmentation "
+    "--opt_iter 10 --prefix relu/mnist_4C3F",
+    "cifar10-4c3f": "train_cifar10.py --model relux --sniter 2 --init 1.0 --end_lr 1e-6",
+    "cifar10-6c2f": "train_cifar10.py --model c6f2_relux --sniter 2 --init 2.0 --end_lr 1e-6 --prefix relu/cifar_6C2F",
+    "cifar10-6c2f-gloro": "train_cifar10.py --model c6f2_relux --sniter 2 --init 2.0 --end_lr 1e-6 --gloro",
+    "cifar10-6c2f-maxmin": "train_cifar10.py --model c6f2_clmaxmin --sniter 2 --end_lr 1e-6 "
+    "--prefix maxmin/cifar_6C2F_maxmin",
+    "evaluate-mnist-4c3f": f"evaluate.py --data mnist --model relux --epsilon 1.58 {EFFORT} "
+    "--saved_model pretrained/relu/mnist_4C3F",
+    "evaluate-cifar10-4c3f": f"evaluate.py --data cifar10 --model relux --epsilon 0.141 {EFFORT} "
+    "--saved_model pretrained/relu/cifar_4C3F",
+    "evaluate-cifar10-6c2f": f"evaluate.py --data cifar10 --model c6f2_relux --epsilon 0.141 {EFFORT} "
+    "--saved_model pretrained/relu/cifar_6C2F",
+    "evaluate-cifar10-6c2f-gloro": f"evaluate.py --data cifar10 --model c6f2_relux --epsilon 0.141 {EFFORT}",
+    "evaluate-cifar10-6c2f-maxmin": f"evaluate.py --data cifar10 --model c6f2_clmaxmin --epsilon 0.141 {EFFORT} "
+    "--saved_model pretrained/maxmin/cifar_6C2F_maxmin",
+}
+OTHER_JOBS = {"demo", "test", "table"}
+
+
+@pytest.fixture
+def run_job(tmp_path):
+    """Runs run_job.sh with a Python that does nothing but print its arguments, one a line."""
+    stub = tmp_path / "python"
+    stub.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    stub.chmod(0o755)
+
+    def run(*arguments):
+        command = ["bash", ROOT / "run_job.sh", *arguments]
+        environment = os.environ | {"PYTHON": str(stub)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return Answer(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+def options(words):
+    """The values of every flag among the words of a command line."""
+    starts = [i for i, word in enumerate(words) if word.startswith("--")]
+    return {words[i]: words[i + 1 : j] for i, j in zip(starts, [*starts[1:], None])}
+
+
+@pytest.mark.parametrize("arguments", [[], ["help"], ["--help"]])
+def test_without_a_job_all_jobs_are_listed(run_job, arguments):
+    answer = run_job(*arguments)
+    assert (answer.code, answer.err) == (0, "")
+    listed = re.findall(r"^  ([a-z][a-z0-9-]+) {2,}(evaluate-\S+)?", answer.out, re.M)
+    assert {job for line in listed for job in line if job} == {*JOBS, *OTHER_JOBS}
+
+
+@pytest.mark.parametrize("arguments", [["bake"], ["mnist"], ["--epochs", "2"]])
+def test_an_unknown_job_is_refused_with_one_line(run_job, arguments):
+    answer = run_job(*arguments)
+    assert (answer.code, answer.out) == (2, "")
+    assert len(answer.err.splitlines()) == 1
+    assert arguments[0] in answer.err
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_job_is_the_published_command_line_with_further_arguments_behind(run_job, job):
+    script, *words = run_job(job, "--width", "0.5", "--data_dir", "my data").out.splitlines()
+    published_script, *published = shlex.split(JOBS[job])
+    assert script == published_script
+    assert words[-4:] == ["--width", "0.5", "--data_dir", "my data"]
+    assert options(words) | options(published) == options(words)
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job.startswith("evaluate-")])
+def test_an_evaluation_reports_where_the_table_looks_for_it(run_job, job):
+    flags = options(run_job(job).out.splitlines())
+    assert flags["--out"] == [f"results/{job.removeprefix('evaluate-')}"]
+
+
+@pytest.mark.parametrize("model", ["mnist-4c3f", "cifar10-4c3f", "cifar10-6c2f", "cifar10-6c2f-gloro"])
+def test_training_and_evaluation_agree_on_the_net_and_its_prefix(run_job, model):
+    trained, evaluated = (options(run_job(job).out.splitlines()) for job in (model, f"evaluate-{model}"))
+    assert trained["--model"] == evaluated["--model"]
+    assert evaluated["--saved_model"] == [f"pretrained/{trained['--prefix'][0]}"]
+
+
+@pytest.mark.parametrize(("job", "script"), [("demo", "train_mnist.py"), ("test", "-m"), ("table", "report.py")])
+def test_the_other_jobs_start_their_scripts(run_job, job, script):
+    assert run_job(job).out.splitlines()[0] == script
+
+
+@pytest.mark.parametrize("job", ["demo", "test"])
+def test_demo_and_test_pass_further_arguments_on(run_job, job):
+    assert "--device\ncpu\n" in run_job(job, "--device", "cpu").out
 
 
 # --- for real, on the digits

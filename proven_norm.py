@@ -1,0 +1,277 @@
+"""Upper bounds on spectral norms: what a certificate needs where power iteration gives estimates from below.
+
+Everything here is float64. `ProvenNorms` answers the two questions of the walk in `local_bound`:
+
+* whole norms: a dense layer's by singular values; a convolution's by the smaller of a deterministic bound (the largest
+  singular value over the frequencies of a torus that the zero-padded convolution is a part of) and a long Lanczos run;
+* masked norms: a dense layer's by singular values, a convolution's by Lanczos with a fixed number of steps from a start
+  vector drawn after the mask is known. Lanczos approaches the norm from below, too, but Kuczyński and Woźniakowski
+  (SIAM J. Matrix Anal. Appl. 13, 1992) bound the probability that it is below by more than a given factor:
+  P[estimate of ||M||^2 <= (1 - t) ||M||^2] <= 1.648 sqrt(n) exp(-sqrt(t) (2k - 1)) after k steps in n dimensions. The
+  factor is solved for at the probability that one norm of the run is allowed, and multiplied in.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rounding import FLOAT32, FLOAT64
+from spectral_norm import Conv, Dense, LinearOperator
+
+# Covers the rounding of everything in this file. In float64 with full re-orthogonalisation (classical Gram-Schmidt,
+# twice) the computed tridiagonal matrix is the exact one of A + E with ||E|| <= c k n u ||A||, u = 2^-53 (Björck,
+# Numerical Methods for Least Squares Problems, section 2.4); eigenvalues, products and norms err by as little. For
+# k <= 1,000 steps and dot products of n <= 20,000 terms k n u < 3e-9; lengths beyond that are refused.
+ROUNDING_MARGIN = 1e-8
+LONGEST_DOT_PRODUCT = 20_000
+MOST_STEPS = 1_000
+# Unit roundoff of the network that the certificates are for.
+DEPLOYED = {"exact": 0.0, "float32": FLOAT32}
+# Bytes of Lanczos vectors at a time.
+_MEMORY = 2**29
+
+
+class ProvenNorms:
+    """Upper bounds on norms that all hold together, but for a chosen probability.
+
+    Args:
+        failure_probability: that *any* norm of all that this object is asked for is too small.
+        planned: how many masked convolution norms it will be asked for at most, one per image and layer and call; more
+            are refused, since each gets an equal share of the probability.
+        steps: Lanczos steps per masked convolution norm; 0 answers every masked norm with the whole one, at no cost.
+            May be changed between calls.
+        whole_steps: the same for whole norms, one per layer.
+        seed: of the start vectors; None takes one from the operating system. Whoever knows it could make a network
+            that the bound fails for, so a seed given is for repeating a run.
+        deployed: what the certificates are to hold for: `exact`, the function that the weights define in exact
+            arithmetic, or `float32`, what the network computes in single precision.
+
+    Attributes:
+        seed: the seed in use.
+        lower: after a call of `masked`, by position: (N,) what Lanczos found, below the norm.
+    """
+
+    local_ball = True
+
+    def __init__(
+        self,
+        failure_probability: float,
+        planned: int,
+        steps: int = 100,
+        whole_steps: int = 400,
+        seed: int | None = None,
+        deployed: str = "exact",
+    ):
+        if not 0 < failure_probability < 1:
+            raise ValueError(f"the failure probability must lie between 0 and 1, got {failure_probability}")
+        if deployed not in DEPLOYED:
+            raise ValueError(f"deployed must be one of {', '.join(DEPLOYED)}, got '{deployed}'")
+        self.roundoffs = (FLOAT64, DEPLOYED[deployed])
+        self.failure_probability = failure_probability
+        self.steps = steps
+        self.seed = secrets.randbits(62) if seed is None else seed
+        self.lower: dict[int | str, Tensor] = {}
+        self._whole_steps = whole_steps
+        self._left = planned
+        # Half of the probability for the masked norms, half for the whole ones, of which there are at most 1,000.
+        self._per_masked = failure_probability / 2 / max(planned, 1)
+        self._per_whole = failure_probability / 2 / 1000
+        self._whole: dict[int | str, tuple[Tensor, Tensor]] = {}
+        self._absolute: dict[int | str, Tensor] = {}
+        self._generator: torch.Generator | None = None
+
+    @torch.no_grad()
+    def whole(self, operator: LinearOperator) -> Tensor:
+        """At least ||W||, a scalar; computed once per position."""
+        if operator.position not in self._whole:
+            _refuse_long_dot_products(operator)
+            self._whole[operator.position] = self._bracket_whole(operator)
+        return self._whole[operator.position][1]
+
+    @torch.no_grad()
+    def absolute(self, operator: LinearOperator) -> Tensor:
+        """At least || |W| ||, a scalar; computed once per position."""
+        if operator.position not in self._absolute:
+            entries = operator.absolute_operator()
+            bound = torus_bound(entries) if isinstance(entries, Conv) else torch.linalg.matrix_norm(entries.weight, 2)
+            self._absolute[operator.position] = bound * (1 + ROUNDING_MARGIN)
+        return self._absolute[operator.position]
+
+    @torch.no_grad()
+    def masked(self, operator: LinearOperator, in_mask: Tensor | None, out_mask: Tensor | None) -> Tensor:
+        """At least ||D_out W D_in|| for every image: (N,), never above `whole`; without masks that scalar."""
+        low, high = self._whole[operator.position]
+        self.lower[operator.position] = low
+        if (in_mask is None and out_mask is None) or self.steps == 0:
+            return high
+        count = len(out_mask if in_mask is None else in_mask)
+        lower, upper = low.repeat(count), high.repeat(count)
+        # A mask that eliminates nothing leaves the layer as it is.
+        rest = (_eliminates(in_mask, count, high) | _eliminates(out_mask, count, high)).nonzero().squeeze(1)
+        if len(rest):
+            masks = [None if mask is None else mask[rest] for mask in (in_mask, out_mask)]
+            bracket = _masked_dense if isinstance(operator, Dense) else self._masked_by_lanczos
+            lower[rest], found = bracket(operator, *masks)
+            upper[rest] = torch.minimum(found, high)
+        self.lower[operator.position] = lower
+        return upper
+
+    def _bracket_whole(self, operator: LinearOperator) -> tuple[Tensor, Tensor]:
+        if isinstance(operator, Dense):
+            norm = torch.linalg.matrix_norm(operator.weight, ord=2)
+            return norm * (1 - ROUNDING_MARGIN), norm * (1 + ROUNDING_MARGIN)
+        lower, upper = self._lanczos(operator, None, None, 1, self._whole_steps, self._per_whole)
+        return lower[0], torch.minimum(upper[0], torus_bound(operator) * (1 + ROUNDING_MARGIN))
+
+    def _masked_by_lanczos(
+        self, operator: LinearOperator, in_mask: Tensor | None, out_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        count = len(out_mask if in_mask is None else in_mask)
+        self._left -= count
+        if self._left < 0:
+            raise RuntimeError("more norms were asked for than planned, so the failure probability would not hold")
+        lower, upper = [], []
+        dimension = min(operator.input_shape.numel(), operator.output_shape.numel())
+        for images in torch.arange(count).split(max(1, _MEMORY // (8 * dimension * (self.steps + 1)))):
+            masks = [None if mask is None else mask[images] for mask in (in_mask, out_mask)]
+            bracket = self._lanczos(operator, *masks, len(images), self.steps, self._per_masked)
+            lower.append(bracket[0])
+            upper.append(bracket[1])
+        return torch.cat(lower), torch.cat(upper)
+
+    def _lanczos(
+        self,
+        operator: LinearOperator,
+        in_mask: Tensor | None,
+        out_mask: Tensor | None,
+        count: int,
+        steps: int,
+        probability: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Both ends (count,) of brackets of ||D_out W D_in||; each upper end fails with at most this probability."""
+        on_input_side = operator.input_shape.numel() <= operator.output_shape.numel()
+        shape, mask = (operator.input_shape, in_mask) if on_input_side else (operator.output_shape, out_mask)
+        columns, rows = (None if m is None else m.double() for m in (in_mask, out_mask))
+
+        def gram(v: Tensor) -> Tensor:
+            """M^T M v on the input side or M M^T v on the output side, flattened."""
+            v = v.view(count, *shape)
+            if on_input_side:
+                image = _times(operator.adjoint(_times(operator.apply(v), rows)), columns)
+            else:
+                image = _times(operator.apply(_times(operator.adjoint(v), columns)), rows)
+            return image.flatten(1)
+
+        start = self._normal(count, shape, operator.weight.device)
+        dimension = torch.full((count,), float(shape.numel()))
+        if mask is not None:
+            start = start * mask
+            dimension = mask.flatten(1).sum(dim=1).double().cpu()
+        largest = _largest_ritz_value(gram, start.flatten(1), steps)  # (count,)
+        inflation = _inflation(dimension, steps, probability).to(largest.device)
+        norm = largest.clamp(min=0).sqrt()
+        # Where Lanczos found 0 from a random start, the operator is 0: no inflation, and no 0 * infinity.
+        upper = torch.where(norm > 0, norm * inflation, 0)
+        return norm * (1 - ROUNDING_MARGIN), upper * (1 + ROUNDING_MARGIN)
+
+    def _normal(self, count: int, shape: torch.Size, device: torch.device) -> Tensor:
+        if self._generator is None:
+            self._generator = torch.Generator(device).manual_seed(self.seed)
+        return torch.randn(count, *shape, dtype=torch.float64, device=device, generator=self._generator)
+
+
+def _inflation(dimension: Tensor, steps: int, probability: float) -> Tensor:
+    """Factor by which the estimate of a norm has to grow, (N,); infinite where so few steps prove nothing."""
+    root = torch.log(1.648 * dimension.clamp(min=1).sqrt() / probability) / (2 * steps - 1)
+    return torch.where(root < 1, (1 - root.clamp(max=1) ** 2).rsqrt(), torch.inf)
+
+
+def _largest_ritz_value(gram: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Tensor:
+    """Lanczos with full re-orthogonalisation: largest eigenvalue that `steps` products show. start: (N, n)."""
+    count, size = start.shape
+    steps = min(steps, size)
+    basis = start.new_zeros(count, steps, size)
+    diagonal, beside = start.new_zeros(count, steps), start.new_zeros(count, steps)
+    vector = _normalized(start)[0]
+    for step in range(steps):
+        basis[:, step] = vector
+        image = gram(vector)
+        diagonal[:, step] = (vector * image).sum(dim=1)
+        known = basis[:, : step + 1]
+        for _ in range(2):
+            image = image - torch.einsum("nk,nks->ns", torch.einsum("nks,ns->nk", known, image), known)
+        vector, length = _normalized(image)
+        # What rounding leaves behind the last direction of an exhausted space is no direction of it.
+        exhausted = length <= 1e-12 * diagonal.abs().amax(dim=1)
+        vector = torch.where(exhausted[:, None], 0, vector)
+        beside[:, step] = torch.where(exhausted, 0, length)
+    tridiagonal = diagonal.diag_embed() + beside[:, :-1].diag_embed(1) + beside[:, :-1].diag_embed(-1)
+    return torch.linalg.eigvalsh(tridiagonal)[:, -1]
+
+
+def _normalized(x: Tensor) -> tuple[Tensor, Tensor]:
+    length = x.norm(dim=1)
+    return x * torch.where(length > 0, 1 / length, 0)[:, None], length
+
+
+def _times(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
+
+
+def _eliminates(mask: Tensor | None, count: int, like: Tensor) -> Tensor:
+    """(N,) bool: the mask switches something off."""
+    return like.new_zeros(count, dtype=torch.bool) if mask is None else ~mask.flatten(1).all(dim=1)
+
+
+def _masked_dense(operator: Dense, in_mask: Tensor | None, out_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Brackets of the norms of what is left of a matrix, image by image, since every image leaves another size."""
+    norms = []
+    for image in range(len(out_mask if in_mask is None else in_mask)):
+        left = operator.weight
+        left = left if out_mask is None else left[out_mask[image]]
+        left = left if in_mask is None else left[:, in_mask[image]]
+        small = left @ left.T if len(left) <= left.shape[1] else left.T @ left
+        norms.append(torch.linalg.eigvalsh(small)[-1].clamp(min=0).sqrt() if small.numel() else small.new_zeros(()))
+    norm = torch.stack(norms)
+    return norm * (1 - ROUNDING_MARGIN), norm * (1 + ROUNDING_MARGIN)
+
+
+def torus_bound(operator: Conv) -> Tensor:
+    """Upper bound on the norm of a zero-padded convolution, a scalar, without chance.
+
+    On a torus of side input + reach of the kernel or more, the convolution wraps around without touching itself, so the
+    zero-padded one is a part of it: some of its rows and columns. Fourier transform makes the circular convolution
+    block-diagonal, with one (C_out, C_in) block per frequency; a stride of s adds up the frequencies that it cannot
+    tell apart, which makes the blocks (C_out, C_in s^2). The bound is the largest singular value of all blocks.
+    """
+    sides = [
+        -(-(size + d * (k - 1)) // s) * s
+        for size, k, d, s in zip(
+            operator.input_shape[1:], operator.weight.shape[2:], operator.dilation, operator.stride
+        )
+    ]
+    (height, width), (down, right) = sides, operator.stride
+    kernel = operator.weight.new_zeros(*operator.weight.shape[:2], height, width)
+    rows = torch.arange(operator.weight.shape[2], device=kernel.device) * operator.dilation[0]
+    columns = torch.arange(operator.weight.shape[3], device=kernel.device) * operator.dilation[1]
+    kernel[:, :, rows[:, None], columns] = operator.weight
+    spectrum = torch.fft.fft2(kernel) / math.sqrt(down * right)
+    outputs, inputs = len(kernel) // operator.groups, kernel.shape[1]
+    blocks = spectrum.view(operator.groups, outputs, inputs, down, height // down, right, width // right)
+    blocks = blocks.permute(4, 6, 0, 1, 2, 3, 5).flatten(4)  # (frequency, frequency, group, C_out, C_in s^2)
+    gram = blocks @ blocks.mH if outputs <= blocks.shape[4] else blocks.mH @ blocks
+    return torch.linalg.eigvalsh(gram)[..., -1].amax().clamp(min=0).sqrt()
+
+
+def _refuse_long_dot_products(operator: LinearOperator) -> None:
+    terms = max(operator.weight[0].numel(), len(operator.weight) * operator.weight[0, 0].numel())
+    if terms > LONGEST_DOT_PRODUCT:
+        raise ValueError(
+            f"the layer at position {operator.position} sums {terms} products; rounding is covered up to "
+            f"{LONGEST_DOT_PRODUCT}"
+        )

@@ -1,0 +1,107 @@
+"""How far floating-point arithmetic can take a forward pass from the exact one.
+
+The standard model (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1): a dot product of n terms,
+summed in any order, is off by at most gamma_n = n u / (1 - n u) times the dot product of the absolute values, u the
+unit roundoff. Through the layers errors in L2 add up as
+
+    D <- ||W|| D + c gamma (|| |W| || length + ||b||)
+
+where `length` bounds the layer's input (after Murray 2026, arXiv 2603.13334). Activations that only compare and choose
+add nothing. The factor c = 2 and some terms more than the dot product has allow for the operations around it.
+
+Assumed: sums are sums. Convolutions by FFT or Winograd, flushed denormals and TF32 are outside the model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from spectral_norm import LinearOperator
+
+FLOAT64, FLOAT32 = 2.0**-53, 2.0**-24
+_EXTRA_TERMS = 16
+
+
+class ExactArithmetic:
+    """Nothing is rounded: what training and the published protocol assume."""
+
+    distance = 0.0
+
+    def widening(self, x: Tensor, half: Tensor) -> float:
+        """By how much the first box has to grow."""
+        return 0.0
+
+    def of_sums(self, operator: LinearOperator, length: Tensor) -> float:
+        """By how much any sum of a layer can be off."""
+        return 0.0
+
+    def pass_layer(self, operator: LinearOperator, norm: Tensor, absolute: Tensor, length: Tensor) -> None:
+        """Move on to the layer's outputs."""
+
+    def of_logits(self, last: nn.Linear, length: Tensor) -> float:
+        """By how much a logit can be off."""
+        return 0.0
+
+
+class Rounding(ExactArithmetic):
+    """The distance of the computed activations from the exact ones, layer by layer.
+
+    Args:
+        roundoff: unit roundoff u of the arithmetic.
+        like: (N,) tensor; says how many images there are, on which device.
+
+    Attributes:
+        distance: (N,) in L2, at the place that the walk has come to.
+    """
+
+    def __init__(self, roundoff: float, like: Tensor):
+        self.roundoff = roundoff
+        self.distance = torch.zeros_like(like)
+
+    def _gamma(self, terms: int) -> float:
+        product = (terms + _EXTRA_TERMS) * self.roundoff
+        return 2 * product / (1 - product)
+
+    def widening(self, x: Tensor, half: Tensor) -> Tensor:
+        """By how much x - half and x + half can be off."""
+        return 4 * self.roundoff * (x.abs() + half)
+
+    def of_sums(self, operator: LinearOperator, length: Tensor) -> Tensor:
+        """By how much any sum of a layer can be off; broadcasts over (N, *output_shape).
+
+        length: (N,) L2 length of the longest vector that is multiplied. Cauchy-Schwarz bounds the dot product of the
+        absolute values by the row's norm times it.
+        """
+        ones = [1] * (len(operator.output_shape) - 1)
+        length = (length + self.distance).view(-1, 1, *ones)
+        bias = _bias_size(operator).view(-1, *ones)
+        return self._gamma(_terms(operator)) * (operator.row_norms() * length + bias)
+
+    def pass_layer(self, operator: LinearOperator, norm: Tensor, absolute: Tensor, length: Tensor) -> None:
+        """Move on to the layer's outputs.
+
+        norm, absolute: upper bounds on ||W|| and || |W| ||. length: (N,) of the longest input.
+        """
+        outputs = operator.output_shape[1:].numel()
+        bias = _bias_size(operator).norm() * outputs**0.5
+        fresh = self._gamma(_terms(operator)) * (absolute * (length + self.distance) + bias)
+        self.distance = norm * self.distance + fresh * (1 + 1e-6)
+
+    def of_logits(self, last: nn.Linear, length: Tensor) -> Tensor:
+        """By how much a logit, or a difference of two rows times a step inside the ball, can be off: (N, K)."""
+        rows = last.weight.norm(dim=1)
+        bias = 0 if last.bias is None else last.bias.abs()
+        size = (length + self.distance)[:, None] * (rows + 2 * rows.max()) + bias
+        return rows * self.distance[:, None] + 4 * self._gamma(last.in_features) * size
+
+
+def _terms(operator: LinearOperator) -> int:
+    return operator.weight[0].numel()
+
+
+def _bias_size(operator: LinearOperator) -> Tensor:
+    """(C_out,) sum of the absolute values of what the bias was added up from."""
+    if operator.bias_size is not None:
+        return operator.bias_size
+    return operator.weight.new_zeros(len(operator.weight)) if operator.bias is None else operator.bias.abs()

@@ -1,0 +1,367 @@
+import argparse
+import json
+import shutil
+from dataclasses import replace
+
+import matplotlib.image
+import numpy as np
+import pytest
+from conftest import ROOT, read_csv
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import report
+from report import CERTIFIED_MULTIPLES, PAPER, PGD_MULTIPLES, Outcome, wilson_interval
+from utils import InputError
+
+examples = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+
+PICTURES = ("certified_over_radius.png", "local_over_global.png", "eliminated.png")
+
+# --- intervals
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "expected"),
+    [(0, 10, (0, 0.2775)), (5, 10, (0.2366, 0.7634)), (10, 10, (0.7225, 1)), (0, 1, (0, 0.7935))],
+)
+def test_wilson_intervals_are_the_known_ones(count, total, expected):
+    assert wilson_interval(count, total) == pytest.approx(expected, abs=5e-5)
+
+
+@st.composite
+def shares(draw):
+    total = draw(st.integers(1, 20_000))
+    return draw(st.integers(0, total)), total
+
+
+@examples
+@given(shares())
+def test_the_interval_holds_the_share_and_lies_between_0_and_1(share):
+    count, total = share
+    low, high = wilson_interval(count, total)
+    assert 0 <= low <= count / total + 1e-12
+    assert count / total - 1e-12 <= high <= 1
+
+
+@examples
+@given(shares())
+def test_more_successes_move_the_interval_up_and_more_images_narrow_it(share):
+    count, total = share
+    low, high = wilson_interval(count, total)
+    higher_low, higher_high = wilson_interval(count + 1, total + 1)
+    assert higher_low > low
+    assert higher_high >= high - 1e-12
+    narrow_low, narrow_high = wilson_interval(4 * count, 4 * total)
+    assert narrow_high - narrow_low < high - low
+
+
+# --- summary and files
+
+
+def outcome_of(images, certified=1):
+    """A made-up evaluation: all images right, the first half kept under PGD, the first few certified."""
+    row = np.arange(images)
+    flags = np.column_stack([row < certified] * len(CERTIFIED_MULTIPLES))
+    return Outcome(
+        label=row % 10,
+        prediction=row % 10,
+        clean=np.ones(images, bool),
+        pgd=row < max(certified, images / 2),
+        certified=row < certified,
+        margin=1.0 + row,
+        worst_margin=np.where(row < certified, 0.25, -0.5),
+        local_bound=1.0 + row / images,
+        global_bound=np.full(images, 2.0),
+        global_radius=0.1 + 0.0 * row,
+        eliminated_rows=np.full((images, 3), 0.25),
+        eliminated_columns=np.full((images, 3), 0.5),
+        pgd_over_radius=np.ones((images, len(PGD_MULTIPLES)), bool),
+        certified_over_radius=flags,
+    )
+
+
+@pytest.fixture
+def outcome():
+    return outcome_of(4)
+
+
+@pytest.fixture
+def summarize(tmp_path):
+    """The summary of an outcome on a checkpoint that is four bytes long."""
+    checkpoint = tmp_path / "net.pth"
+    checkpoint.write_bytes(b"abcd")
+
+    def summarize(outcome, epsilon=0.3, training=None):
+        args = argparse.Namespace(data="digits", epsilon=epsilon, test_sniter=70, device="cpu", out="results")
+        return report.summarize(outcome, args, checkpoint, training, 12.345)
+
+    return summarize
+
+
+def refuse(token):
+    raise ValueError(f"{token} is no JSON")
+
+
+def read_json(path):
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_the_summary_names_how_and_on_what_the_numbers_came_about(outcome, summarize):
+    summary = summarize(outcome, training={"epochs": 300})
+    sha256 = "88d4266fd4e6338d13b845fcf289579d209c897823b9217da3e161936f031589"
+    assert summary["checkpoint"] == {"sha256": sha256, "training": {"epochs": 300}}
+    assert summary["arguments"]["data"] == "digits"
+    assert summary["certificate"] == {"kind": "estimate", "power_iterations": 70}
+    assert (summary["images"], summary["epsilon"], summary["seconds"]) == (4, 0.3, 12.3)
+    assert summary["versions"].keys() >= {"python", "torch", "torchvision", "numpy", "advertorch"}
+    assert summary["versions"]["numpy"] == np.__version__
+    assert "CPU" in summary["hardware"]
+
+
+def test_the_summary_has_accuracies_with_counts_and_intervals(outcome, summarize):
+    accuracy = summarize(outcome)["accuracy"]
+    assert [accuracy[name]["count"] for name in ("clean", "pgd", "certified")] == [4, 2, 1]
+    assert accuracy["certified"]["percent"] == 25
+    assert accuracy["certified"]["interval_95"] == pytest.approx([100 * end for end in wilson_interval(1, 4)])
+
+
+def test_the_summary_compares_the_two_bounds(outcome, summarize):
+    expected = {"local_median": 1.375, "global": 2, "local_over_global_median": 0.6875}
+    assert summarize(outcome)["lipschitz"] == expected
+
+
+def test_the_summary_counts_broken_certificates_and_nan(outcome, summarize):
+    assert summarize(outcome)["certified_but_broken_by_pgd"] == 0
+    spoilt = replace(outcome, pgd=np.zeros(4, bool), worst_margin=np.array([1, np.nan, np.nan, -1]))
+    assert summarize(spoilt)["certified_but_broken_by_pgd"] == 1
+    assert summarize(spoilt)["not_a_number"] == 2
+
+
+def test_the_text_says_everything_with_its_counts_and_that_certificates_are_estimates(outcome, summarize):
+    lines = report.as_text(summarize(outcome)).splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["clean", "PGD", "certified"]
+    assert [line.split("(")[1].split(")")[0] for line in lines[1:4]] == ["4/4", "2/4", "1/4"]
+    assert "digits: 4 test images, epsilon 0.3" in lines[0]
+    assert "estimate" in lines[3]
+    assert "70 power iterations" in lines[3]
+    assert not any("NaN" in line for line in lines)
+
+
+def test_the_text_mentions_nan_where_there_is_any(outcome, summarize):
+    outcome.worst_margin[2] = np.nan
+    assert "1 images have a NaN" in report.as_text(summarize(outcome))
+
+
+def test_the_rows_of_the_csv_are_the_images(tmp_path, outcome, summarize):
+    report.write(tmp_path, outcome, summarize(outcome))
+    rows = read_csv(tmp_path / "images.csv")
+    assert len(rows) == 4
+    expected = {
+        "index": "3",
+        "label": "3",
+        "prediction": "3",
+        "pgd_correct": "0",
+        "certified": "0",
+        "margin": "4",
+        "worst_margin": "-0.5",
+        "local_bound": "1.75",
+        "global_bound": "2",
+    }
+    assert rows[3] | expected == rows[3]
+
+
+def nan_bounds(outcome):
+    return replace(
+        outcome,
+        worst_margin=np.full_like(outcome.margin, np.nan),
+        local_bound=np.full_like(outcome.margin, np.nan),
+        certified=np.zeros(len(outcome.margin), bool),
+    )
+
+
+def with_bound(outcome, image, value):
+    outcome.local_bound[image] = value
+    return outcome
+
+
+OUTCOMES = {
+    "ordinary": (outcome_of(4), 0.3),
+    "many images": (outcome_of(10_000, certified=6000), 36 / 255),
+    "epsilon 0": (outcome_of(4, certified=4), 0.0),
+    "all certified": (outcome_of(4, certified=4), 0.3),
+    "none certified": (outcome_of(4, certified=0), 0.3),
+    "one image": (outcome_of(1), 0.3),
+    "a NaN": (with_bound(outcome_of(4), 1, np.nan), 0.3),
+    "an infinity": (with_bound(outcome_of(4), 1, np.inf), 0.3),
+    "nothing but NaN": (nan_bounds(outcome_of(4)), 0.3),
+    "a dead network": (replace(outcome_of(4), local_bound=np.zeros(4), global_bound=np.zeros(4)), 0.3),
+    "one layer": (replace(outcome_of(4), eliminated_rows=np.zeros((4, 1)), eliminated_columns=np.zeros((4, 1))), 0.3),
+}
+
+
+@pytest.fixture(params=OUTCOMES)
+def written(request, tmp_path, summarize):
+    """A folder with the report of an outcome, the summary, and what `write` returned."""
+    outcome, epsilon = OUTCOMES[request.param]
+    summary = summarize(outcome, epsilon)
+    folder = tmp_path / "results" / "job"
+    return folder, summary, report.write(folder, outcome, summary)
+
+
+def test_a_report_is_five_files_and_no_more(written):
+    folder, _, paths = written
+    names = {"images.csv", "summary.json", *PICTURES}
+    assert {path.name for path in folder.iterdir()} == {path.name for path in paths} == names
+
+
+def test_the_summary_is_valid_json_for_every_reader(written):
+    folder, summary, _ = written
+    assert read_json(folder / "summary.json")["accuracy"] == summary["accuracy"]
+
+
+def test_the_pictures_are_pictures(written):
+    for name in PICTURES:
+        height, width, _ = matplotlib.image.imread(written[0] / name).shape
+        assert 400 < height < width < 2000
+
+
+def test_the_text_of_every_outcome_has_a_line_for_each_accuracy(written):
+    lines = report.as_text(written[1]).splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["clean", "PGD", "certified"]
+
+
+@pytest.fixture
+def axes(outcome):
+    figure = report._certified_over_radius(outcome, epsilon=0.3)
+    yield figure.axes[0]
+    report.plt.close(figure)
+
+
+def test_the_curves_pass_through_the_reported_accuracies(axes):
+    curves = {line.get_label(): line for line in axes.lines}
+    clean, attacked, certified = (curves[name] for name in ("clean", "under PGD", "certified, local bound"))
+    assert set(clean.get_ydata()) == {100}
+    assert np.interp(0.3, attacked.get_xdata(), attacked.get_ydata()) == pytest.approx(50)
+    assert np.interp(0.3, certified.get_xdata(), certified.get_ydata()) == pytest.approx(25)
+    assert max(certified.get_xdata()) == pytest.approx(0.6)
+
+
+def test_the_curve_of_the_global_bound_falls_at_its_radius(axes):
+    (curve,) = (line for line in axes.lines if line.get_label() == "certified, global bound")
+    radius, accuracy = curve.get_xdata(), curve.get_ydata()
+    assert (accuracy[radius < 0.0999] == 100).all()
+    assert (accuracy[radius > 0.1001] == 0).all()
+
+
+# --- table
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A copy of the README beside which `report` believes to stand."""
+    shutil.copy(ROOT / "README.md", tmp_path)
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
+    return tmp_path
+
+
+@pytest.fixture
+def finish(repository):
+    """Puts a summary where the job of that name would."""
+
+    def finish(job="cifar10-6c2f", images=10_000, epochs=800, training=True, **arguments):
+        accuracy = {"clean": {"percent": 71.23}, "pgd": {"percent": 65.0}, "certified": {"percent": 54.56}}
+        arguments = {"data": "cifar10", "model": "c6f2_relux", "width": 1.0, "epsilon": 0.141} | arguments
+        summary = {
+            "arguments": arguments,
+            "accuracy": accuracy,
+            "images": images,
+            "epsilon": arguments["epsilon"],
+            "certificate": {"kind": "estimate", "power_iterations": 2000},
+            "checkpoint": {"sha256": "0", "training": {"epochs": epochs} if training else None},
+            "hardware": "an abacus",
+        }
+        path = repository / "results" / job / "summary.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(summary))
+
+    return finish
+
+
+def row(repository, job="cifar10-6c2f"):
+    (line,) = (line for line in report.table(repository / "results").splitlines() if line.startswith(f"| `{job}` |"))
+    return line
+
+
+def test_a_row_that_was_never_run_says_so(repository, finish):
+    finish("cifar10-6c2f")
+    for job, *_ in PAPER:
+        assert ("not run" in row(repository, job)) == (job != "cifar10-6c2f")
+
+
+def test_a_row_has_the_papers_values_beside_those_found(repository, finish):
+    finish()
+    assert "70.7 / 64.8 / 54.3" in row(repository)
+    assert "71.2 / 65.0 / 54.6" in row(repository)
+    assert "an abacus" in row(repository)
+    assert "scaled" not in row(repository)
+    assert "first" not in row(repository)
+
+
+def test_a_scaled_run_is_called_so(repository, finish):
+    finish(epochs=40)
+    assert "40 of 800: a scaled run" in row(repository)
+
+
+def test_a_run_on_fewer_images_says_so(repository, finish):
+    finish(images=500)
+    assert "first 500 images" in row(repository)
+
+
+def test_a_checkpoint_that_does_not_know_its_epochs_is_no_scaled_run(repository, finish):
+    finish(training=False)
+    assert "unknown" in row(repository)
+    assert "scaled" not in row(repository)
+
+
+@pytest.mark.parametrize("other", [{"epsilon": 0.05}, {"width": 0.25}], ids=["epsilon", "width"])
+def test_a_run_with_another_radius_or_width_does_not_pass_for_the_papers(repository, finish, other):
+    finish()
+    published = row(repository)
+    finish(**other)
+    assert row(repository) != published
+
+
+def test_every_line_of_the_table_has_the_same_columns(repository, finish):
+    finish("cifar10-6c2f-maxmin", images=500, epochs=40)
+    lines = report.table(repository / "results").splitlines()
+    assert len(lines) == 2 + len(PAPER)
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_the_table_refreshes_its_block_of_the_readme_and_nothing_else(repository, finish, capsys):
+    readme = repository / "README.md"
+    before, _, rest = readme.read_text().partition(report.BEGIN)
+    _, _, after = rest.partition(report.END)
+    for job in ("mnist-4c3f", "cifar10-6c2f"):  # the second time over the first table
+        finish(job)
+        report.main()
+        table = report.table(repository / "results")
+        assert readme.read_text() == f"{before}{report.BEGIN}\n{table}\n{report.END}{after}"
+    assert table in capsys.readouterr().out
+    assert row(repository, "cifar10-4c3f") in table
+
+
+@pytest.mark.parametrize("mark", [report.BEGIN, report.END])
+def test_a_readme_without_the_marks_is_refused_and_left_alone(repository, mark):
+    readme = repository / "README.md"
+    readme.write_text(readme.read_text().replace(mark, ""))
+    before = readme.read_bytes()
+    with pytest.raises(InputError, match="has no lines"):
+        report.main()
+    assert readme.read_bytes() == before
+
+
+def test_the_jobs_of_the_table_are_those_of_the_script():
+    jobs = (ROOT / "run_job.sh").read_text()
+    assert all(f"    {job}) " in jobs and f"    evaluate-{job}) " in jobs for job, *_ in PAPER)
