@@ -31,15 +31,10 @@ PGD_CURVE_STEPS = 25
 
 def arguments() -> argparse.Namespace:
     parser = utils.ArgumentParser(__doc__)
-    utils.add_common_flags(parser, list(utils.MODELS))
+    add_model_flags(parser)
     flag = parser.add_argument
-    flag("--saved_model", required=True, help="checkpoint file, or the prefix of one (PREFIX_best.pth)")
-    epsilon = "L2 radius in pixel space (pixels in [0, 1]); default: the paper's for the data set"
-    flag("--epsilon", type=utils.natural_float, help=epsilon)
     certificate = "upper bounds on all norms, or the published protocol, whose norms are estimates from below"
     flag("--certificate", choices=["proven", "estimate"], default="proven", help=certificate)
-    probability = "of a proven certificate: that any norm of the whole run is too small"
-    flag("--failure_probability", type=utils.probability, default=1e-6, help=probability)
     seed = "of the random start vectors of a proven certificate; default: from the operating system"
     flag("--certificate_seed", type=utils.seed, help=seed)
     deployed = "what a proven certificate is for: the exact function, or what the network computes in float32"
@@ -47,12 +42,43 @@ def arguments() -> argparse.Namespace:
     flag("--clip", action="store_true", help="certify against valid images only, with pixels in [0, 1]")
     flag("--test_sniter", type=utils.positive_int, default=2000, help="power iterations per norm of an estimate")
     flag("--test_opt_iter", type=utils.positive_int, default=1000, help="rounds of pinning for the worst-case logits")
-    flag("--images", type=utils.positive_int, help="evaluate only the first so many test images; default: all")
     flag("--out", help="folder for the report: a CSV row per image, summary.json and pictures")
+    return parse(parser)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what is evaluated, and at which radius."""
+    utils.add_common_flags(parser, list(utils.MODELS))
+    flag = parser.add_argument
+    flag("--saved_model", required=True, help="checkpoint file, or the prefix of one (PREFIX_best.pth)")
+    epsilon = "L2 radius in pixel space (pixels in [0, 1]); default: the paper's for the data set"
+    flag("--epsilon", type=utils.natural_float, help=epsilon)
+    flag("--images", type=utils.positive_int, help="only the first so many test images; default: all")
+    probability = "of a proven certificate: that any norm of the whole run is too small"
+    flag("--failure_probability", type=utils.probability, default=1e-6, help=probability)
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line and fill in the radius of the data set."""
     args = parser.parse_args()
     if args.epsilon is None:
         args.epsilon = utils.EPSILON[args.data]
     return args
+
+
+def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[str, Any]]:
+    """What the flags name: the model in eval mode and the test images, on one device, the checkpoint's path and content.
+
+    Raises:
+        InputError: if one of them is missing, damaged or does not fit.
+    """
+    device = utils.select_device(args.device)
+    path = find_checkpoint(args.saved_model)
+    checkpoint = utils.load_checkpoint(path)
+    model = utils.select_model(args.data, args.model, width=args.width)
+    utils.load_weights(model, checkpoint["state_dict"], str(path))
+    model.to(device).eval().requires_grad_(False)
+    return model, load_data(args.data, args.data_dir, train=False).to(device)[: args.images], path, checkpoint
 
 
 class Estimate:
@@ -218,13 +244,7 @@ def find_checkpoint(saved_model: str) -> Path:
 
 def main() -> None:
     args = arguments()
-    device = utils.select_device(args.device)
-    path = find_checkpoint(args.saved_model)
-    model = utils.select_model(args.data, args.model, width=args.width)
-    checkpoint = utils.load_checkpoint(path)
-    utils.load_weights(model, checkpoint["state_dict"], str(path))
-    model.to(device).eval().requires_grad_(False)
-    images = load_data(args.data, args.data_dir, train=False).to(device)[: args.images]
+    model, images, path, checkpoint = load(args)
     if args.out:
         utils.check_writable(Path(args.out))
 

@@ -165,8 +165,8 @@ def as_text(summary: dict) -> str:
     if lipschitz["local_over_global_median"] is not None:
         lines.append(
             f"Lipschitz bound up to the last hidden layer: global {lipschitz['global']:.4g}, local "
-            f"{lipschitz['local_median']:.4g}, local / global {lipschitz['local_over_global_median']:.3f} (medians of the "
-            f"{lipschitz['images_with_local']} images that the global bound does not decide)"
+            f"{lipschitz['local_median']:.4g}, local / global {lipschitz['local_over_global_median']:.3f} "
+            f"(medians of the {lipschitz['images_with_local']} images that the global bound does not decide)"
         )
     if summary["not_a_number"]:
         lines.append(f"{summary['not_a_number']} images have a NaN in their bound and count as not certified")
@@ -254,6 +254,23 @@ def _certified_over_radius(outcome: Outcome, epsilon: float) -> Figure:
     axes.legend(frameon=False, fontsize=9)
     _tidy(axes)
     return figure
+
+
+def bounds_and_slopes(everywhere: float, local: np.ndarray, slope: np.ndarray, epsilon: float, path: Path) -> None:
+    """Draw both Lipschitz bounds and the steepest slope that an attack found, image by image.
+
+    local, slope: (N,), sorted by `local` for the picture. path: of the PNG.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    order, places = np.argsort(local), np.arange(len(local))
+    axes.axhline(everywhere, color=GLOBAL, linewidth=1.8, linestyle="--", label="global bound")
+    axes.plot(places, local[order], color=LOCAL, linewidth=2.4, label="local bound")
+    axes.plot(places, slope[order], "v", color=ATTACK, markersize=3.5, label="steepest slope found")
+    axes.set(xlim=(0, max(len(local) - 1, 1)), ylim=(0, None), xlabel="image", ylabel="Lipschitz constant")
+    axes.set_title(f"How tight the bound is in the ball, ε = {epsilon:.4g}", loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=9)
+    _tidy(axes)
+    _save(figure, path)
 
 
 def _local_over_global(outcome: Outcome, epsilon: float) -> Figure:

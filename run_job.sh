@@ -22,6 +22,7 @@ Usage: bash run_job.sh JOB [ARGUMENTS ...]
 
   demo                  train a small robust net on the shipped digits, evaluate it, draw a picture (about 5 minutes)
   test                  run the tests
+  falsify PREFIX        try to break proven certificates of a checkpoint: PGD with restarts, steepest slopes
   table                 put all results/*/summary.json beside the paper's values, in the README too
 
   The paper's training runs (checkpoints and logs go to runs/, see --output_dir) and their evaluations (of
@@ -61,6 +62,9 @@ shift
 case $job in
     demo) set_up; demo "$@" ;;
     test) set_up; "$PYTHON" -m pytest "$@" ;;
+    falsify)
+        [ $# -gt 0 ] || { echo "error: falsify needs the prefix of a checkpoint" >&2; exit 2; }
+        set_up; "$PYTHON" falsify.py --saved_model "$@" ;;
     table) set_up; "$PYTHON" report.py "$@" ;;
 
     # The 4C3F nets start with thresholds at 1, as in the authors' runs, whose code ignored --init (README, deviation 7).

@@ -1,0 +1,117 @@
+"""Try to break proven certificates of a saved model: no attack may succeed. `--help` lists the flags.
+
+Two attacks on certified images: PGD with restarts on the label, and gradient ascent on the slope
+||h(x') - h(x)|| / ||x' - x|| of the last hidden layer h inside the ball, which no Lipschitz bound may be below. The
+second also shows how tight the bound is.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import evaluate
+import report
+import utils
+from local_bound import STAGES, propagate, prove
+from proven_norm import ProvenNorms
+
+
+def attack_labels(model: nn.Sequential, x: Tensor, y: Tensor, epsilon: float, restarts: int) -> Tensor:
+    """Whether PGD changes the label, from any of so many random starts: (N,) bool. model and x in one precision."""
+    fallen = torch.zeros_like(y, dtype=torch.bool)
+    for _ in range(restarts):
+        point = evaluate.pgd(model, x, y, epsilon)
+        # The attack clips after it has projected; a hair outside of the ball would prove nothing.
+        step = (point - x).flatten(1)
+        scale = (epsilon * (1 - 1e-6) / step.norm(dim=1).clamp(min=1e-30)).clamp(max=1)
+        inside = x + (step * scale[:, None]).view_as(x)
+        fallen |= ~evaluate.right(model(inside), y)
+    return fallen
+
+
+def attack_slopes(hidden: nn.Sequential, x: Tensor, epsilon: float, steps: int) -> Tensor:
+    """The steepest slope from x that gradient ascent finds inside the ball: (N,). hidden, x: float64."""
+    shape = (-1, *[1] * (x.dim() - 1))
+    center = hidden(x)
+    step = torch.randn_like(x)
+    step = step * (epsilon / 2 / step.flatten(1).norm(dim=1)).view(shape)
+    steepest = x.new_zeros(len(x))
+    for _ in range(steps):
+        step = step.detach().requires_grad_()
+        slope = (hidden(x + step) - center).norm(dim=1) / step.flatten(1).norm(dim=1)
+        (gradient,) = torch.autograd.grad(slope.sum(), step)
+        steepest = torch.maximum(steepest, slope.detach().nan_to_num())
+        length = gradient.flatten(1).norm(dim=1).clamp(min=1e-30)
+        step = step.detach() + gradient * (epsilon / 5 / length).view(shape)
+        step = step * (epsilon / step.flatten(1).norm(dim=1).clamp(min=1e-30)).clamp(max=1).view(shape)
+    return steepest
+
+
+def main() -> None:
+    parser = utils.ArgumentParser(__doc__)
+    evaluate.add_model_flags(parser)
+    flag = parser.add_argument
+    flag("--restarts", type=utils.positive_int, default=10, help="random starts of PGD per certified image")
+    flag("--slope_steps", type=utils.positive_int, default=100, help="steps of the attack on the bound")
+    flag("--out", help="folder for the CSV row per image and the picture of bounds and slopes")
+    args = evaluate.parse(parser)
+    if args.epsilon == 0:
+        raise utils.InputError("there is nothing to attack at --epsilon 0")
+    model, images, _, _ = evaluate.load(args)
+    if args.out:
+        utils.check_writable(Path(args.out))
+    torch.manual_seed(args.seed)
+    exact = copy.deepcopy(model).double()
+    norms = ProvenNorms(args.failure_probability, len(images) * len(model) * (len(STAGES) + 1))
+    found = {"local_bound": [], "global_bound": [], "slope": [], "fallen": []}
+    with tqdm(total=len(images), unit="image", disable=None, dynamic_ncols=True) as bar:
+        for x, y, _ in images.batches(args.test_batch_size):
+            x = x.double()
+            certified = prove(exact, x, y, args.epsilon, norms).margin > 0
+            x, y = x[certified], y[certified]
+            norms.steps = STAGES[2]
+            with torch.no_grad():
+                bound = propagate(exact, x, args.epsilon, norms)
+            found["fallen"].append(attack_labels(exact, x, y, args.epsilon, args.restarts))
+            found["slope"].append(attack_slopes(exact[:-1], x, args.epsilon, args.slope_steps))
+            found["local_bound"].append(bound.local_lipschitz)
+            found["global_bound"].append(bound.global_lipschitz.expand(len(x)))
+            bar.update(len(certified))
+    columns = {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
+    finish(columns, len(images), args.epsilon, args.restarts, Path(args.out) if args.out else None)
+
+
+def finish(columns: dict[str, np.ndarray], images: int, epsilon: float, restarts: int, folder: Path | None) -> None:
+    """Print what the attacks found, write the report, and end with exit code 1 if a certificate fell."""
+    count = len(columns["slope"])
+    broken = columns["fallen"] | ~(columns["slope"] <= columns["local_bound"])
+    print(f"{count} of {images} images certified at epsilon {epsilon:.6g}; {restarts} PGD attacks on each")
+    steep = (columns["slope"] > columns["local_bound"]).sum()
+    print(f"labels changed: {columns['fallen'].sum()}; slopes above the local bound: {steep}")
+    if count:
+        tightness = np.median(columns["slope"] / columns["local_bound"])
+        print(
+            f"medians: steepest slope {np.median(columns['slope']):.4g}, local bound "
+            f"{np.median(columns['local_bound']):.4g}, global bound {columns['global_bound'][0]:.4g}; "
+            f"slope / local bound {tightness:.3f}"
+        )
+    if folder and count:
+        rows = [{name: values[i] for name, values in columns.items()} for i in range(count)]
+        utils.write_csv(folder / "attacks.csv", rows)
+        picture = folder / "bounds_and_slopes.png"
+        report.bounds_and_slopes(columns["global_bound"][0], columns["local_bound"], columns["slope"], epsilon, picture)
+        print(picture)
+    if broken.any():
+        print(f"BROKEN CERTIFICATE: {broken.sum()} proven certificates fell; please report this", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)
