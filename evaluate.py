@@ -67,7 +67,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[str, Any]]:
-    """What the flags name: the model in eval mode and the test images, on one device, the checkpoint's path and content.
+    """What the flags name: model in eval mode and test images on one device, the checkpoint's path and content.
 
     Raises:
         InputError: if one of them is missing, damaged or does not fit.

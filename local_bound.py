@@ -148,10 +148,6 @@ def _describe(position: Position, layer: nn.Module) -> str:
     return f"{type(layer).__name__} at position {position}"
 
 
-def _gamma(terms: int, roundoff: float) -> float:
-    return terms * roundoff / (1 - terms * roundoff)
-
-
 def _broadcast(per_image: Tensor, like: Tensor) -> Tensor:
     """(N,) as (N, 1, ...), with as many dimensions as `like`."""
     return per_image.view(-1, *[1] * (like.dim() - 1))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,15 +24,18 @@ from torch import Tensor
 from rounding import FLOAT32, FLOAT64
 from spectral_norm import Conv, Dense, LinearOperator
 
-# Covers the rounding of everything in this file. In float64 with full re-orthogonalisation (classical Gram-Schmidt,
-# twice) the computed tridiagonal matrix is the exact one of A + E with ||E|| <= c k n u ||A||, u = 2^-53 (Björck,
-# Numerical Methods for Least Squares Problems, section 2.4); eigenvalues, products and norms err by as little. For
-# k <= 1,000 steps and dot products of n <= 20,000 terms k n u < 3e-9; lengths beyond that are refused.
+# Relative margin for the rounding of everything in this file. Lanczos loses its theory when its basis loses
+# orthogonality, so every vector is orthogonalised against all before it, twice, which keeps the basis orthonormal to a
+# small multiple of u = 2^-53 (Giraud, Langou, Rozloznik, van den Eshof, Numer. Math. 101, 2005). What it computes is then exact for a
+# matrix A + E with ||E|| of the order k n u ||A||, n the terms of a dot product; eigenvalues, dense norms and Fourier
+# transforms err by less. For k <= 1,000 steps and n <= 20,000 terms, the most that is taken, k n u < 3e-9.
 ROUNDING_MARGIN = 1e-8
 LONGEST_DOT_PRODUCT = 20_000
 MOST_STEPS = 1_000
 # Unit roundoff of the network that the certificates are for.
 DEPLOYED = {"exact": 0.0, "float32": FLOAT32}
+# Whole norms that one object answers for.
+_MOST_WHOLES = 1_000
 # Bytes of Lanczos vectors at a time.
 _MEMORY = 2**29
 
@@ -78,34 +82,32 @@ class ProvenNorms:
         self.lower: dict[int | str, Tensor] = {}
         self._whole_steps = whole_steps
         self._left = planned
-        # Half of the probability for the masked norms, half for the whole ones, of which there are at most 1,000.
+        # Half of the probability for the masked norms, half for the whole ones.
         self._per_masked = failure_probability / 2 / max(planned, 1)
-        self._per_whole = failure_probability / 2 / 1000
-        self._whole: dict[int | str, tuple[Tensor, Tensor]] = {}
-        self._absolute: dict[int | str, Tensor] = {}
+        self._per_whole = failure_probability / 2 / _MOST_WHOLES
+        self._wholes_left = _MOST_WHOLES
+        self._whole: dict[int | str, _Whole] = {}
         self._generator: torch.Generator | None = None
 
     @torch.no_grad()
     def whole(self, operator: LinearOperator) -> Tensor:
-        """At least ||W||, a scalar; computed once per position."""
-        if operator.position not in self._whole:
-            _refuse_long_dot_products(operator)
-            self._whole[operator.position] = self._bracket_whole(operator)
-        return self._whole[operator.position][1]
+        """At least ||W||, a scalar; computed again only when the layer has changed."""
+        known = self._whole.get(operator.position)
+        if known is None or not known.is_of(operator):
+            self._refuse(operator)
+            known = _Whole(operator, *self._bracket_whole(operator), self._absolute_norm(operator))
+            self._whole[operator.position] = known
+        return known.upper
 
     @torch.no_grad()
     def absolute(self, operator: LinearOperator) -> Tensor:
-        """At least || |W| ||, a scalar; computed once per position."""
-        if operator.position not in self._absolute:
-            entries = operator.absolute_operator()
-            bound = torus_bound(entries) if isinstance(entries, Conv) else torch.linalg.matrix_norm(entries.weight, 2)
-            self._absolute[operator.position] = bound * (1 + ROUNDING_MARGIN)
-        return self._absolute[operator.position]
+        """At least || |W| ||, a scalar; to be asked after `whole`."""
+        return self._whole[operator.position].absolute
 
     @torch.no_grad()
     def masked(self, operator: LinearOperator, in_mask: Tensor | None, out_mask: Tensor | None) -> Tensor:
         """At least ||D_out W D_in|| for every image: (N,), never above `whole`; without masks that scalar."""
-        low, high = self._whole[operator.position]
+        low, high = self._whole[operator.position].lower, self._whole[operator.position].upper
         self.lower[operator.position] = low
         if (in_mask is None and out_mask is None) or self.steps == 0:
             return high
@@ -120,6 +122,25 @@ class ProvenNorms:
             upper[rest] = torch.minimum(found, high)
         self.lower[operator.position] = lower
         return upper
+
+    def _refuse(self, operator: LinearOperator) -> None:
+        """Refuse what the margins do not cover."""
+        if operator.weight.dtype != torch.float64:
+            raise ValueError(f"proven norms need a model in float64, but position {operator.position} is not")
+        terms = max(operator.weight[0].numel(), len(operator.weight) * operator.weight[0, 0].numel())
+        if terms > LONGEST_DOT_PRODUCT:
+            raise ValueError(
+                f"the layer at position {operator.position} sums {terms} products; rounding is covered up to "
+                f"{LONGEST_DOT_PRODUCT}"
+            )
+        self._wholes_left -= 1
+        if self._wholes_left < 0:
+            raise RuntimeError("more layers than planned, so the failure probability would not hold")
+
+    def _absolute_norm(self, operator: LinearOperator) -> Tensor:
+        entries = operator.absolute_operator()
+        bound = torus_bound(entries) if isinstance(entries, Conv) else torch.linalg.matrix_norm(entries.weight, 2)
+        return bound * (1 + ROUNDING_MARGIN)
 
     def _bracket_whole(self, operator: LinearOperator) -> tuple[Tensor, Tensor]:
         if isinstance(operator, Dense):
@@ -154,6 +175,8 @@ class ProvenNorms:
         probability: float,
     ) -> tuple[Tensor, Tensor]:
         """Both ends (count,) of brackets of ||D_out W D_in||; each upper end fails with at most this probability."""
+        if steps > MOST_STEPS:
+            raise ValueError(f"rounding is covered up to {MOST_STEPS} Lanczos steps, got {steps}")
         on_input_side = operator.input_shape.numel() <= operator.output_shape.numel()
         shape, mask = (operator.input_shape, in_mask) if on_input_side else (operator.output_shape, out_mask)
         columns, rows = (None if m is None else m.double() for m in (in_mask, out_mask))
@@ -183,6 +206,25 @@ class ProvenNorms:
         if self._generator is None:
             self._generator = torch.Generator(device).manual_seed(self.seed)
         return torch.randn(count, *shape, dtype=torch.float64, device=device, generator=self._generator)
+
+
+@dataclass
+class _Whole:
+    """What is known of a whole operator: a bracket of ||W||, and a bound on || |W| ||."""
+
+    operator: LinearOperator
+    lower: Tensor
+    upper: Tensor
+    absolute: Tensor
+
+    def __post_init__(self) -> None:
+        self._weight = self.operator.weight.detach().clone()
+
+    def is_of(self, operator: LinearOperator) -> bool:
+        """Whether this is the same operator still: another network's, or changed weights, must never be mistaken."""
+        mine = self.operator
+        same_place = (mine.input_shape, mine.output_shape) == (operator.input_shape, operator.output_shape)
+        return same_place and mine.geometry() == operator.geometry() and torch.equal(self._weight, operator.weight)
 
 
 def _inflation(dimension: Tensor, steps: int, probability: float) -> Tensor:
@@ -266,12 +308,3 @@ def torus_bound(operator: Conv) -> Tensor:
     blocks = blocks.permute(4, 6, 0, 1, 2, 3, 5).flatten(4)  # (frequency, frequency, group, C_out, C_in s^2)
     gram = blocks @ blocks.mH if outputs <= blocks.shape[4] else blocks.mH @ blocks
     return torch.linalg.eigvalsh(gram)[..., -1].amax().clamp(min=0).sqrt()
-
-
-def _refuse_long_dot_products(operator: LinearOperator) -> None:
-    terms = max(operator.weight[0].numel(), len(operator.weight) * operator.weight[0, 0].numel())
-    if terms > LONGEST_DOT_PRODUCT:
-        raise ValueError(
-            f"the layer at position {operator.position} sums {terms} products; rounding is covered up to "
-            f"{LONGEST_DOT_PRODUCT}"
-        )

@@ -23,6 +23,7 @@ Usage: bash run_job.sh JOB [ARGUMENTS ...]
   demo                  train a small robust net on the shipped digits, evaluate it, draw a picture (about 5 minutes)
   test                  run the tests
   falsify PREFIX        try to break proven certificates of a checkpoint: PGD with restarts, steepest slopes
+  bench PREFIX          what a proven certificate costs beside the published protocol
   table                 put all results/*/summary.json beside the paper's values, in the README too
 
   The paper's training runs (checkpoints and logs go to runs/, see --output_dir) and their evaluations (of
@@ -37,6 +38,8 @@ Usage: bash run_job.sh JOB [ARGUMENTS ...]
 Extra arguments go to the script behind the job: `bash run_job.sh mnist-4c3f --scale 0.05 --device cpu`.
 END
 }
+
+need_prefix() { [ $# -gt 0 ] || { echo "error: '$job' needs the prefix of a checkpoint" >&2; exit 2; }; }
 
 train() { "$PYTHON" "train_$1.py" "${@:2}"; }
 
@@ -62,9 +65,8 @@ shift
 case $job in
     demo) set_up; demo "$@" ;;
     test) set_up; "$PYTHON" -m pytest "$@" ;;
-    falsify)
-        [ $# -gt 0 ] || { echo "error: falsify needs the prefix of a checkpoint" >&2; exit 2; }
-        set_up; "$PYTHON" falsify.py --saved_model "$@" ;;
+    falsify) need_prefix "$@"; set_up; "$PYTHON" falsify.py --saved_model "$@" ;;
+    bench) need_prefix "$@"; set_up; "$PYTHON" benchmarks/certification.py --saved_model "$@" ;;
     table) set_up; "$PYTHON" report.py "$@" ;;
 
     # The 4C3F nets start with thresholds at 1, as in the authors' runs, whose code ignored --init (README, deviation 7).

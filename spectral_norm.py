@@ -64,6 +64,10 @@ class LinearOperator(ABC):
     def row_norms(self) -> Tensor:
         """L2 norm of the row of W that makes an output, or more; broadcasts over (N, *output_shape)."""
 
+    def geometry(self) -> tuple:
+        """What, besides shapes and weight, makes W: stride, padding and the like."""
+        return ()
+
     def absolute_operator(self) -> LinearOperator:
         """|W| as an operator of its own, entry by entry absolute, without b."""
         result = copy.copy(self)
@@ -152,6 +156,9 @@ class Conv(LinearOperator):
                 raise TypeError(f"Conv2d at position {position}: padding 'same' pads unevenly for this kernel")
             padding = (reach[0] // 2, reach[1] // 2)
         return cls(layer.weight, layer.bias, position, input_shape, layer.stride, padding, layer.dilation, layer.groups)
+
+    def geometry(self) -> tuple:
+        return self.stride, self.padding, self.dilation, self.groups
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)

@@ -387,14 +387,25 @@ def test_the_search_ends_where_the_radius_is_beyond_all_bounds(weight):
     nn.init.constant_(model[0].bias, 1)
     model[2].bias.data = torch.tensor([1.0, 0.0, 0.0])
     model[2].weight.data[0] = 2 * weight
-    radius = certified_radius(model, torch.rand(2, 6), norms=Impatient(2))
+    radius = certified_radius(model, torch.rand(2, 6), certificate=Impatient(2), limit=1e9)
     assert (radius > 1e5).all()
 
 
-def test_the_search_ends_where_clipping_keeps_the_answer_whatever_the_image():
+@pytest.mark.parametrize("certificate", ["proven", Impatient(2)], ids=["proven", "estimate"])
+@pytest.mark.parametrize("limit", [{}, {"limit": 7.5}, {"limit": TOLERANCE / 3}], ids=str)
+def test_where_clipping_keeps_the_answer_whatever_the_image_the_radius_is_the_limit(certificate, limit):
     model = nn.Sequential(nn.Linear(6, 4), clipped_relu(4), nn.Linear(4, 3))
     model[2].bias.data = torch.tensor([10.0, 0.0, 0.0])
-    assert (certified_radius(model, torch.rand(2, 6), norms=Impatient(2)) > 1e5).all()
+    radius = certified_radius(model, torch.rand(2, 6), certificate=certificate, **limit)
+    assert radius.tolist() == pytest.approx([limit.get("limit", 1e3)] * 2)
+
+
+@pytest.mark.parametrize("ask", [certify, certified_radius, local_lipschitz])
+def test_a_certificate_of_another_name_is_refused(ask):
+    arguments = {"epsilon": 0.1, "y": torch.zeros(2, dtype=torch.long), "certificate": "guessed"}
+    known = {name: value for name, value in arguments.items() if name in inspect.signature(ask).parameters}
+    with pytest.raises(ValueError, match="guessed"):
+        ask(nn.Sequential(nn.Linear(6, 3)), torch.rand(2, 6), **known)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -58,6 +58,9 @@ def test_more_successes_move_the_interval_up_and_more_images_narrow_it(share):
 
 # --- summary and files
 
+ESTIMATE = {"kind": "estimate", "power_iterations": 70, "clip": False}
+PROVEN = {"kind": "proven", "failure_probability": 1e-6, "seed": 5, "deployed": "exact", "clip": False}
+
 
 def outcome_of(images, certified=1):
     """A made-up evaluation: all images right, the first half kept under PGD, the first few certified."""
@@ -92,9 +95,9 @@ def summarize(tmp_path):
     checkpoint = tmp_path / "net.pth"
     checkpoint.write_bytes(b"abcd")
 
-    def summarize(outcome, epsilon=0.3, training=None):
-        args = argparse.Namespace(data="digits", epsilon=epsilon, test_sniter=70, device="cpu", out="results")
-        return report.summarize(outcome, args, checkpoint, training, 12.345)
+    def summarize(outcome, epsilon=0.3, training=None, certificate=ESTIMATE):
+        args = argparse.Namespace(data="digits", epsilon=epsilon, device="cpu", out="results")
+        return report.summarize(outcome, args, checkpoint, training, certificate, 12.345)
 
     return summarize
 
@@ -112,7 +115,7 @@ def test_the_summary_names_how_and_on_what_the_numbers_came_about(outcome, summa
     sha256 = "88d4266fd4e6338d13b845fcf289579d209c897823b9217da3e161936f031589"
     assert summary["checkpoint"] == {"sha256": sha256, "training": {"epochs": 300}}
     assert summary["arguments"]["data"] == "digits"
-    assert summary["certificate"] == {"kind": "estimate", "power_iterations": 70}
+    assert summary["certificate"] == ESTIMATE
     assert (summary["images"], summary["epsilon"], summary["seconds"]) == (4, 0.3, 12.3)
     assert summary["versions"].keys() >= {"python", "torch", "torchvision", "numpy", "advertorch"}
     assert summary["versions"]["numpy"] == np.__version__
@@ -127,8 +130,19 @@ def test_the_summary_has_accuracies_with_counts_and_intervals(outcome, summarize
 
 
 def test_the_summary_compares_the_two_bounds(outcome, summarize):
-    expected = {"local_median": 1.375, "global": 2, "local_over_global_median": 0.6875}
+    expected = {"images_with_local": 4, "local_median": 1.375, "global": 2, "local_over_global_median": 0.6875}
     assert summarize(outcome)["lipschitz"] == expected
+
+
+def test_images_that_the_global_bound_decided_have_no_local_one_to_compare(outcome, summarize):
+    outcome.local_bound[[0, 3]] = outcome.global_bound[[0, 3]]
+    expected = {"images_with_local": 2, "local_median": 1.375, "global": 2, "local_over_global_median": 0.6875}
+    assert summarize(outcome)["lipschitz"] == expected
+    outcome.local_bound[:] = outcome.global_bound
+    expected = {"images_with_local": 0, "local_median": None, "global": 2, "local_over_global_median": None}
+    summary = summarize(outcome)
+    assert summary["lipschitz"] == expected
+    assert "local / global" not in report.as_text(summary)
 
 
 def test_the_summary_counts_broken_certificates_and_nan(outcome, summarize):
@@ -146,6 +160,21 @@ def test_the_text_says_everything_with_its_counts_and_that_certificates_are_esti
     assert "estimate" in lines[3]
     assert "70 power iterations" in lines[3]
     assert not any("NaN" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("certificate", "said"),
+    [
+        (PROVEN, "proven for the exact function, but for a probability of 1e-06"),
+        (PROVEN | {"deployed": "float32"}, "proven for the float32 network"),
+        (PROVEN | {"clip": True}, "proven against valid images for"),
+        (ESTIMATE | {"clip": True}, "estimate against valid images: norms by 70 power iterations"),
+    ],
+)
+def test_the_text_names_what_the_certificate_is_for(outcome, summarize, certificate, said):
+    certified = report.as_text(summarize(outcome, certificate=certificate)).splitlines()[3]
+    assert certified.split()[0] == "certified"
+    assert said in certified
 
 
 def test_the_text_mentions_nan_where_there_is_any(outcome, summarize):
@@ -258,8 +287,9 @@ def test_the_curve_of_the_global_bound_falls_at_its_radius(axes):
 
 
 @pytest.fixture
-def repository(tmp_path, monkeypatch):
-    """A copy of the README beside which `report` believes to stand."""
+def repository(tmp_path, monkeypatch, command_line):
+    """A copy of the README beside which `report`, called without flags, believes to stand."""
+    command_line()
     shutil.copy(ROOT / "README.md", tmp_path)
     monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
     return tmp_path
@@ -269,19 +299,28 @@ def repository(tmp_path, monkeypatch):
 def finish(repository):
     """Puts a summary where the job of that name would."""
 
-    def finish(job="cifar10-6c2f", images=10_000, epochs=800, training=True, **arguments):
-        accuracy = {"clean": {"percent": 71.23}, "pgd": {"percent": 65.0}, "certified": {"percent": 54.56}}
+    def finish(
+        job="cifar10-6c2f",
+        images=10_000,
+        epochs=800,
+        training=True,
+        kind="proven",
+        certified=54.56,
+        certificate=None,
+        **arguments,
+    ):
+        accuracy = {"clean": {"percent": 71.23}, "pgd": {"percent": 65.0}, "certified": {"percent": certified}}
         arguments = {"data": "cifar10", "model": "c6f2_relux", "width": 1.0, "epsilon": 0.141} | arguments
         summary = {
             "arguments": arguments,
             "accuracy": accuracy,
             "images": images,
             "epsilon": arguments["epsilon"],
-            "certificate": {"kind": "estimate", "power_iterations": 2000},
+            "certificate": {"kind": kind, "power_iterations": 2000, "clip": False} | (certificate or {}),
             "checkpoint": {"sha256": "0", "training": {"epochs": epochs} if training else None},
             "hardware": "an abacus",
         }
-        path = repository / "results" / job / "summary.json"
+        path = repository / "results" / job / kind / "summary.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(summary))
 
@@ -295,22 +334,40 @@ def row(repository, job="cifar10-6c2f"):
 
 def test_a_row_that_was_never_run_says_so(repository, finish):
     finish("cifar10-6c2f")
-    for job, *_ in PAPER:
-        assert ("not run" in row(repository, job)) == (job != "cifar10-6c2f")
+    for published in PAPER:
+        assert ("| not run |  |  |  |" in row(repository, published.job)) == (published.job != "cifar10-6c2f")
+
+
+def cells(repository):
+    return [cell.strip() for cell in row(repository).strip("|").split("|")]
 
 
 def test_a_row_has_the_papers_values_beside_those_found(repository, finish):
     finish()
-    assert "70.7 / 64.8 / 54.3" in row(repository)
-    assert "71.2 / 65.0 / 54.6" in row(repository)
-    assert "an abacus" in row(repository)
-    assert "scaled" not in row(repository)
-    assert "first" not in row(repository)
+    *_, paper, here, proven, estimate, remarks = cells(repository)
+    assert (paper, here, proven, estimate) == ("70.7 / 64.8 / 54.3", "71.2 / 65.0", "54.6", "not run")
+    assert "an abacus" in remarks
+    assert not any(word in remarks for word in ("scaled", "first", "valid", "estimate"))
+
+
+def test_proven_and_estimated_certificates_stand_side_by_side(repository, finish):
+    finish(kind="proven", certified=54.56)
+    finish(kind="estimate", certified=55.01)
+    *_, proven, estimate, remarks = cells(repository)
+    assert (proven, estimate) == ("54.6", "55.0")
+    assert remarks.count("an abacus") == 1
+
+
+def test_an_estimate_of_less_effort_and_a_certificate_for_valid_images_only_are_called_so(repository, finish):
+    finish(kind="proven", certificate={"clip": True})
+    finish(kind="estimate", certificate={"power_iterations": 100})
+    assert "valid images only" in row(repository)
+    assert "estimate by 100 power iterations" in row(repository)
 
 
 def test_a_scaled_run_is_called_so(repository, finish):
     finish(epochs=40)
-    assert "40 of 800: a scaled run" in row(repository)
+    assert "a scaled run: 40 of 800 epochs" in row(repository)
 
 
 def test_a_run_on_fewer_images_says_so(repository, finish):
@@ -364,4 +421,4 @@ def test_a_readme_without_the_marks_is_refused_and_left_alone(repository, mark):
 
 def test_the_jobs_of_the_table_are_those_of_the_script():
     jobs = (ROOT / "run_job.sh").read_text()
-    assert all(f"    {job}) " in jobs and f"    evaluate-{job}) " in jobs for job, *_ in PAPER)
+    assert all(f"    {row.job}) " in jobs and f"    evaluate-{row.job}) " in jobs for row in PAPER)

@@ -153,8 +153,10 @@ def test_a_job_is_the_published_command_line_with_further_arguments_behind(run_j
 
 @pytest.mark.parametrize("job", [job for job in JOBS if job.startswith("evaluate-")])
 def test_an_evaluation_reports_where_the_table_looks_for_it(run_job, job):
-    flags = options(run_job(job).out.splitlines())
-    assert flags["--out"] == [f"results/{job.removeprefix('evaluate-')}"]
+    folder = f"results/{job.removeprefix('evaluate-')}"
+    assert options(run_job(job).out.splitlines())["--out"] == [f"{folder}/proven"]
+    estimate = options(run_job(job, "--width", "0.5", "--certificate", "estimate").out.splitlines())
+    assert estimate["--out"] == [f"{folder}/estimate"]
 
 
 @pytest.mark.parametrize("model", ["mnist-4c3f", "cifar10-4c3f", "cifar10-6c2f", "cifar10-6c2f-gloro"])
@@ -167,6 +169,13 @@ def test_training_and_evaluation_agree_on_the_net_and_its_prefix(run_job, model)
 @pytest.mark.parametrize(("job", "script"), [("demo", "train_mnist.py"), ("test", "-m"), ("table", "report.py")])
 def test_the_other_jobs_start_their_scripts(run_job, job, script):
     assert run_job(job).out.splitlines()[0] == script
+
+
+def test_falsification_starts_with_the_prefix_of_a_checkpoint_and_is_refused_without(run_job):
+    words = ["falsify.py", "--saved_model", "runs/net", "--device", "cpu"]
+    assert run_job("falsify", "runs/net", "--device", "cpu").out.splitlines() == words
+    answer = run_job("falsify")
+    assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1)
 
 
 @pytest.mark.parametrize("job", ["demo", "test"])
@@ -295,7 +304,7 @@ def test_nan_counts_as_not_certified_and_is_reported(trained, call, monkeypatch,
         return worst_logits(bound, y, rounds).index_fill(0, torch.tensor([0, 1]), torch.nan)
 
     monkeypatch.setattr(evaluate, "worst_logits", spoil_the_first_two)
-    answer = call("evaluate", *EVALUATE, "--saved_model", trained[1], "--out", tmp_path)
+    answer = call("evaluate", *EVALUATE, "--certificate", "estimate", "--saved_model", trained[1], "--out", tmp_path)
     assert answer.code == 0
     assert "2 images have a NaN" in answer.out
     certified = [int(row["certified"]) for row in read_csv(tmp_path / "images.csv")]
