@@ -26,9 +26,9 @@ from spectral_norm import Conv, Dense, LinearOperator
 
 # Relative margin for the rounding of everything in this file. Lanczos loses its theory when its basis loses
 # orthogonality, so every vector is orthogonalised against all before it, twice, which keeps the basis orthonormal to a
-# small multiple of u = 2^-53 (Giraud, Langou, Rozloznik, van den Eshof, Numer. Math. 101, 2005). What it computes is then exact for a
-# matrix A + E with ||E|| of the order k n u ||A||, n the terms of a dot product; eigenvalues, dense norms and Fourier
-# transforms err by less. For k <= 1,000 steps and n <= 20,000 terms, the most that is taken, k n u < 3e-9.
+# small multiple of u = 2^-53 (Giraud, Langou, Rozloznik, van den Eshof, Numer. Math. 101, 2005). What it computes is
+# then exact for a matrix A + E with ||E|| of the order k n u ||A||, n the terms of a dot product; eigenvalues, dense
+# norms and Fourier transforms err by less. For k <= 1,000 steps and n <= 20,000 terms, the most taken, k n u < 3e-9.
 ROUNDING_MARGIN = 1e-8
 LONGEST_DOT_PRODUCT = 20_000
 MOST_STEPS = 1_000
