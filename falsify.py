@@ -75,7 +75,10 @@ def main() -> None:
         for x, y, _ in images.batches(args.test_batch_size):
             x = x.double()
             certified = prove(exact, x, y, args.epsilon, norms).margin > 0
+            bar.update(len(x))
             x, y = x[certified], y[certified]
+            if not len(x):
+                continue
             norms.steps = STAGES[2]
             with torch.no_grad():
                 bound = propagate(exact, x, args.epsilon, norms)
@@ -83,18 +86,18 @@ def main() -> None:
             found["slope"].append(attack_slopes(exact[:-1], x, args.epsilon, args.slope_steps))
             found["local_bound"].append(bound.local_lipschitz)
             found["global_bound"].append(bound.global_lipschitz.expand(len(x)))
-            bar.update(len(certified))
-    columns = {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
+    columns = {name: torch.cat(parts).cpu().numpy() if parts else np.empty(0) for name, parts in found.items()}
     finish(columns, len(images), args.epsilon, args.restarts, Path(args.out) if args.out else None)
 
 
 def finish(columns: dict[str, np.ndarray], images: int, epsilon: float, restarts: int, folder: Path | None) -> None:
     """Print what the attacks found, write the report, and end with exit code 1 if a certificate fell."""
     count = len(columns["slope"])
-    broken = columns["fallen"] | ~(columns["slope"] <= columns["local_bound"])
+    fallen = columns["fallen"].astype(bool)
+    steep = ~(columns["slope"] <= columns["local_bound"])
+    broken = fallen | steep
     print(f"{count} of {images} images certified at epsilon {epsilon:.6g}; {restarts} PGD attacks on each")
-    steep = (columns["slope"] > columns["local_bound"]).sum()
-    print(f"labels changed: {columns['fallen'].sum()}; slopes above the local bound: {steep}")
+    print(f"labels changed: {fallen.sum()}; slopes above the local bound: {steep.sum()}")
     if count:
         tightness = np.median(columns["slope"] / columns["local_bound"])
         print(

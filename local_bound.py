@@ -13,6 +13,7 @@ registered per layer type with `@rule`. All radii are in the space of x, which i
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -88,15 +89,19 @@ def propagate(
         x: (N, ...) images.
         epsilon: L2 radius in the space of x, one for all or one per image (N,).
         norms: answers `whole` and `masked`, e.g. `spectral_norm.PowerIteration(5)`.
-        clip: smallest and largest value of a valid image, if the bound need hold for valid images only.
+        clip: smallest and largest value of a valid image, if the bound need hold for valid images only. x has to be
+            valid itself: the box must hold it.
 
     Raises:
         TypeError: names the first layer without a rule and its position; no layer is ever skipped.
-        ValueError: for an epsilon that is negative or NaN, or for batch normalisation or dropout in training mode.
+        ValueError: for an epsilon that is negative or NaN, an x outside of `clip`, or for batch
+            normalisation or dropout in training mode.
     """
     if not (torch.as_tensor(epsilon) >= 0).all():
         raise ValueError(f"epsilon must not be negative, got {epsilon}")
     epsilon = torch.as_tensor(epsilon, dtype=x.dtype, device=x.device).expand(len(x))
+    if clip is not None and ((x < clip[0]) | (x > clip[1])).any():
+        raise ValueError(f"an image has values outside of {clip}")
     *hidden, (position, last) = _layers(model)
     if type(last) is not nn.Linear:
         raise TypeError(f"the network must end in Linear, not in {_describe(position, last)}")
@@ -618,8 +623,6 @@ def eliminated(bound: Bound) -> tuple[Tensor, Tensor]:
 
 # Power iterations of an estimate.
 _ITERATIONS = 1000
-# Norms that bisection may need per image and layer: as many stages as it takes, for as many radii as it takes.
-_CALLS = 100 * len(STAGES)
 
 
 @dataclass
@@ -714,7 +717,9 @@ def certified_radius(
     million pixels in [0, 1] lie apart, get `limit`. Without y, (N,), the network's own answer is the label. Arguments
     otherwise and errors are those of `certify`.
     """
-    model, x, norms = _prepare(model, x, certificate, failure_probability)
+    # Doubling and halving between the tolerance and the limit, and the question at 0.
+    questions = 3 + 2 * math.ceil(max(0.0, math.log2(limit / tolerance)))
+    model, x, norms = _prepare(model, x, certificate, failure_probability, questions)
     if y is None:
         y = model(x).argmax(dim=1)
     good = x.new_zeros(len(x))
@@ -737,16 +742,16 @@ def certified_radius(
 
 
 def _prepare(
-    model: nn.Sequential, x: Tensor, certificate: str | Norms, failure_probability: float
+    model: nn.Sequential, x: Tensor, certificate: str | Norms, failure_probability: float, questions: int = 1
 ) -> tuple[nn.Sequential, Tensor, Norms]:
-    """Model, images and norms of a certificate of that name."""
+    """Model, images and norms of a certificate of that name, good for so many radii."""
     if not isinstance(certificate, str):
         return model, x, certificate
     if certificate == "estimate":
         return model, x, PowerIteration(_ITERATIONS)
     if certificate != "proven":
         raise ValueError(f"the certificate must be 'proven' or 'estimate', got '{certificate}'")
-    planned = len(x) * len(_layers(model)) * _CALLS
+    planned = len(x) * len(_layers(model)) * len(STAGES) * questions
     return copy.deepcopy(model).double(), x.double(), ProvenNorms(failure_probability, planned, steps=STAGES[-1])
 
 

@@ -13,6 +13,7 @@ Everything here is float64. `ProvenNorms` answers the two questions of the walk 
 
 from __future__ import annotations
 
+import copy
 import math
 import secrets
 from collections.abc import Callable
@@ -24,14 +25,15 @@ from torch import Tensor
 from rounding import FLOAT32, FLOAT64
 from spectral_norm import Conv, Dense, LinearOperator
 
-# Relative margin for the rounding of everything in this file. Lanczos loses its theory when its basis loses
-# orthogonality, so every vector is orthogonalised against all before it, twice, which keeps the basis orthonormal to a
-# small multiple of u = 2^-53 (Giraud, Langou, Rozloznik, van den Eshof, Numer. Math. 101, 2005). What it computes is
-# then exact for a matrix A + E with ||E|| of the order k n u ||A||, n the terms of a dot product; eigenvalues, dense
-# norms and Fourier transforms err by less. For k <= 1,000 steps and n <= 20,000 terms, the most taken, k n u < 3e-9.
-ROUNDING_MARGIN = 1e-8
-LONGEST_DOT_PRODUCT = 20_000
-MOST_STEPS = 1_000
+# What a norm is rounded up by, relatively, per step and per term of the longest sum. Lanczos loses its theory when its
+# basis loses orthogonality, so every vector is orthogonalised against all before it, twice, which keeps the basis
+# orthonormal to a small multiple of u = 2^-53 (Giraud, Langou, Rozloznik, van den Eshof, Numer. Math. 101, 2005). What
+# it computes is then exact for a matrix A + E with ||E|| of the order k n u ||A||, after k steps with sums of n terms;
+# ten times that is allowed for. Dense norms and Fourier transforms are as backward stable, and count as 100 steps.
+_ROUNDING_PER_STEP_AND_TERM = 10 * FLOAT64
+_DIRECT_STEPS = 100
+# Norms are taken of weights scaled to about 1; what underflows from there is below this.
+_UNDERFLOW = 1e-60
 # Unit roundoff of the network that the certificates are for.
 DEPLOYED = {"exact": 0.0, "float32": FLOAT32}
 # Whole norms that one object answers for.
@@ -94,8 +96,9 @@ class ProvenNorms:
         """At least ||W||, a scalar; computed again only when the layer has changed."""
         known = self._whole.get(operator.position)
         if known is None or not known.is_of(operator):
-            self._refuse(operator)
-            known = _Whole(operator, *self._bracket_whole(operator), self._absolute_norm(operator))
+            if operator.weight.dtype != torch.float64:
+                raise ValueError(f"proven norms need a model in float64, but position {operator.position} is not")
+            known = self._measure(operator)
             self._whole[operator.position] = known
         return known.upper
 
@@ -107,9 +110,10 @@ class ProvenNorms:
     @torch.no_grad()
     def masked(self, operator: LinearOperator, in_mask: Tensor | None, out_mask: Tensor | None) -> Tensor:
         """At least ||D_out W D_in|| for every image: (N,), never above `whole`; without masks that scalar."""
-        low, high = self._whole[operator.position].lower, self._whole[operator.position].upper
+        known = self._whole[operator.position]
+        low, high = known.lower, known.upper
         self.lower[operator.position] = low
-        if (in_mask is None and out_mask is None) or self.steps == 0:
+        if (in_mask is None and out_mask is None) or self.steps == 0 or high.isnan():
             return high
         count = len(out_mask if in_mask is None else in_mask)
         lower, upper = low.repeat(count), high.repeat(count)
@@ -118,36 +122,32 @@ class ProvenNorms:
         if len(rest):
             masks = [None if mask is None else mask[rest] for mask in (in_mask, out_mask)]
             bracket = _masked_dense if isinstance(operator, Dense) else self._masked_by_lanczos
-            lower[rest], found = bracket(operator, *masks)
-            upper[rest] = torch.minimum(found, high)
+            found = bracket(known.scaled, *masks)
+            nothing_left = _is_empty(masks[0], len(rest), high) | _is_empty(masks[1], len(rest), high)
+            lower[rest] = found[0] * known.scale
+            upper[rest] = torch.where(nothing_left, 0, torch.minimum(found[1] * known.scale, high))
         self.lower[operator.position] = lower
         return upper
 
-    def _refuse(self, operator: LinearOperator) -> None:
-        """Refuse what the margins do not cover."""
-        if operator.weight.dtype != torch.float64:
-            raise ValueError(f"proven norms need a model in float64, but position {operator.position} is not")
-        terms = max(operator.weight[0].numel(), len(operator.weight) * operator.weight[0, 0].numel())
-        if terms > LONGEST_DOT_PRODUCT:
-            raise ValueError(
-                f"the layer at position {operator.position} sums {terms} products; rounding is covered up to "
-                f"{LONGEST_DOT_PRODUCT}"
-            )
+    def _measure(self, operator: LinearOperator) -> _Whole:
+        """Bracket a whole norm; NaN where a weight is not finite."""
         self._wholes_left -= 1
         if self._wholes_left < 0:
             raise RuntimeError("more layers than planned, so the failure probability would not hold")
-
-    def _absolute_norm(self, operator: LinearOperator) -> Tensor:
-        entries = operator.absolute_operator()
-        bound = torus_bound(entries) if isinstance(entries, Conv) else torch.linalg.matrix_norm(entries.weight, 2)
-        return bound * (1 + ROUNDING_MARGIN)
-
-    def _bracket_whole(self, operator: LinearOperator) -> tuple[Tensor, Tensor]:
-        if isinstance(operator, Dense):
-            norm = torch.linalg.matrix_norm(operator.weight, ord=2)
-            return norm * (1 - ROUNDING_MARGIN), norm * (1 + ROUNDING_MARGIN)
-        lower, upper = self._lanczos(operator, None, None, 1, self._whole_steps, self._per_whole)
-        return lower[0], torch.minimum(upper[0], torus_bound(operator) * (1 + ROUNDING_MARGIN))
+        scaled, scale = _scaled(operator)
+        if not operator.weight.isfinite().all():
+            return _Whole(operator, scaled, scale, *[scale * torch.nan] * 3)
+        if not operator.weight.any():
+            return _Whole(operator, scaled, scale, *[scale * 0] * 3)
+        entries = scaled.absolute_operator()
+        if isinstance(scaled, Dense):
+            lower, upper = _bracket(torch.linalg.matrix_norm(scaled.weight, ord=2), scaled, _DIRECT_STEPS)
+            absolute = _bracket(torch.linalg.matrix_norm(entries.weight, ord=2), scaled, _DIRECT_STEPS)[1]
+        else:
+            (lower,), (upper,) = self._lanczos(scaled, None, None, 1, self._whole_steps, self._per_whole)
+            upper = torch.minimum(upper, torus_bound(scaled))
+            absolute = torus_bound(entries)
+        return _Whole(operator, scaled, scale, lower * scale, upper * scale, absolute * scale)
 
     def _masked_by_lanczos(
         self, operator: LinearOperator, in_mask: Tensor | None, out_mask: Tensor | None
@@ -175,8 +175,6 @@ class ProvenNorms:
         probability: float,
     ) -> tuple[Tensor, Tensor]:
         """Both ends (count,) of brackets of ||D_out W D_in||; each upper end fails with at most this probability."""
-        if steps > MOST_STEPS:
-            raise ValueError(f"rounding is covered up to {MOST_STEPS} Lanczos steps, got {steps}")
         on_input_side = operator.input_shape.numel() <= operator.output_shape.numel()
         shape, mask = (operator.input_shape, in_mask) if on_input_side else (operator.output_shape, out_mask)
         columns, rows = (None if m is None else m.double() for m in (in_mask, out_mask))
@@ -198,9 +196,8 @@ class ProvenNorms:
         largest = _largest_ritz_value(gram, start.flatten(1), steps)  # (count,)
         inflation = _inflation(dimension, steps, probability).to(largest.device)
         norm = largest.clamp(min=0).sqrt()
-        # Where Lanczos found 0 from a random start, the operator is 0: no inflation, and no 0 * infinity.
-        upper = torch.where(norm > 0, norm * inflation, 0)
-        return norm * (1 - ROUNDING_MARGIN), upper * (1 + ROUNDING_MARGIN)
+        lower, upper = _bracket(norm, operator, steps)
+        return lower, torch.where(inflation.isinf(), inflation, upper * inflation)
 
     def _normal(self, count: int, shape: torch.Size, device: torch.device) -> Tensor:
         if self._generator is None:
@@ -210,9 +207,14 @@ class ProvenNorms:
 
 @dataclass
 class _Whole:
-    """What is known of a whole operator: a bracket of ||W||, and a bound on || |W| ||."""
+    """What is known of a whole operator: a bracket of ||W||, and a bound on || |W| ||.
+
+    `scaled` is the operator divided by `scale`, a power of two, so that its largest weight is about 1.
+    """
 
     operator: LinearOperator
+    scaled: LinearOperator
+    scale: Tensor
     lower: Tensor
     upper: Tensor
     absolute: Tensor
@@ -225,6 +227,23 @@ class _Whole:
         mine = self.operator
         same_place = (mine.input_shape, mine.output_shape) == (operator.input_shape, operator.output_shape)
         return same_place and mine.geometry() == operator.geometry() and torch.equal(self._weight, operator.weight)
+
+
+def _scaled(operator: LinearOperator) -> tuple[LinearOperator, Tensor]:
+    """The operator over a power of two that brings its largest weight to about 1, which is exact, and that power."""
+    exponent = torch.frexp(operator.weight.abs().max()).exponent
+    scale = torch.ldexp(operator.weight.new_ones(()), exponent)
+    result = copy.copy(operator)
+    result.weight = operator.weight / scale
+    return result, scale
+
+
+def _bracket(norm: Tensor, operator: LinearOperator, steps: int) -> tuple[Tensor, Tensor]:
+    """Around a computed norm of a scaled operator, what rounding and underflow can have changed."""
+    weight, vector = operator.weight, max(operator.input_shape.numel(), operator.output_shape.numel())
+    terms = max(weight[0].numel(), len(weight) * weight[0, 0].numel(), vector)
+    margin = _ROUNDING_PER_STEP_AND_TERM * steps * terms
+    return norm * (1 - margin), norm * (1 + margin) + _UNDERFLOW
 
 
 def _inflation(dimension: Tensor, steps: int, probability: float) -> Tensor:
@@ -270,6 +289,11 @@ def _eliminates(mask: Tensor | None, count: int, like: Tensor) -> Tensor:
     return like.new_zeros(count, dtype=torch.bool) if mask is None else ~mask.flatten(1).all(dim=1)
 
 
+def _is_empty(mask: Tensor | None, count: int, like: Tensor) -> Tensor:
+    """(N,) bool: the mask switches everything off."""
+    return like.new_zeros(count, dtype=torch.bool) if mask is None else ~mask.flatten(1).any(dim=1)
+
+
 def _masked_dense(operator: Dense, in_mask: Tensor | None, out_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Brackets of the norms of what is left of a matrix, image by image, since every image leaves another size."""
     norms = []
@@ -279,8 +303,7 @@ def _masked_dense(operator: Dense, in_mask: Tensor | None, out_mask: Tensor | No
         left = left if in_mask is None else left[:, in_mask[image]]
         small = left @ left.T if len(left) <= left.shape[1] else left.T @ left
         norms.append(torch.linalg.eigvalsh(small)[-1].clamp(min=0).sqrt() if small.numel() else small.new_zeros(()))
-    norm = torch.stack(norms)
-    return norm * (1 - ROUNDING_MARGIN), norm * (1 + ROUNDING_MARGIN)
+    return _bracket(torch.stack(norms), operator, _DIRECT_STEPS)
 
 
 def torus_bound(operator: Conv) -> Tensor:
@@ -307,4 +330,4 @@ def torus_bound(operator: Conv) -> Tensor:
     blocks = spectrum.view(operator.groups, outputs, inputs, down, height // down, right, width // right)
     blocks = blocks.permute(4, 6, 0, 1, 2, 3, 5).flatten(4)  # (frequency, frequency, group, C_out, C_in s^2)
     gram = blocks @ blocks.mH if outputs <= blocks.shape[4] else blocks.mH @ blocks
-    return torch.linalg.eigvalsh(gram)[..., -1].amax().clamp(min=0).sqrt()
+    return _bracket(torch.linalg.eigvalsh(gram)[..., -1].amax().clamp(min=0).sqrt(), operator, _DIRECT_STEPS)[1]

@@ -346,14 +346,15 @@ BEGIN, END = "<!-- table: bash run_job.sh table -->", "<!-- end of table -->"
 
 
 def table(results: Path) -> str:
-    """All rows of the paper as Markdown, with what the summaries below results/JOB/ found beside them."""
+    """All rows of the paper as Markdown, with what results/JOB/{proven,estimate}/summary.json found beside."""
     lines = [
         "| job | | paper: clean / PGD / certified (estimate) | here: clean / PGD | certified, proven "
         "| certified, estimate | remarks |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in PAPER:
-        summaries = [json.loads(path.read_text()) for path in sorted((results / row.job).rglob("summary.json"))]
+        paths = [results / row.job / kind / "summary.json" for kind in ("proven", "estimate")]
+        summaries = [json.loads(path.read_text()) for path in paths if path.is_file()]
         cells = [f"`{row.job}`", row.title, " / ".join(f"{p:.1f}" for p in row.accuracy), *_table_cells(row, summaries)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -47,7 +47,7 @@ train() { "$PYTHON" "train_$1.py" "${@:2}"; }
 evaluate() {
     local epsilon=0.141 certificate=proven
     if [ "$2" = mnist ]; then epsilon=1.58; fi
-    if [[ " ${*:5} " == *" --certificate estimate "* ]]; then certificate=estimate; fi
+    if [[ " ${*:5} " == *" --certificate"[\ =]"estimate "* ]]; then certificate=estimate; fi
     "$PYTHON" evaluate.py --data "$2" --model "$3" --epsilon "$epsilon" --test_batch_size 256 --test_sniter 2000 \
         --saved_model "pretrained/$4" --out "results/$1/$certificate" "${@:5}"
 }
