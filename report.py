@@ -161,6 +161,12 @@ def as_text(summary: dict) -> str:
         label, how = named[name]
         count = f"({accuracy['count']}/{summary['images']})"
         lines.append(f"{label:<10}{accuracy['percent']:6.2f} % {count}  95 %: {low:.1f} to {high:.1f}  {how}".rstrip())
+    plain = summary["certificate"].get("certified_plain")
+    if plain is not None:
+        gain = summary["accuracy"]["certified"]["count"] - plain
+        lines.append(
+            f"for the exact function and the whole ball: {plain} certified; the flags change that by {gain:+d}"
+        )
     lipschitz = summary["lipschitz"]
     if lipschitz["local_over_global_median"] is not None:
         lines.append(
