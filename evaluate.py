@@ -36,19 +36,25 @@ def arguments() -> argparse.Namespace:
     certificate = "upper bounds on all norms, or the published protocol, whose norms are estimates from below"
     flag("--certificate", choices=["proven", "estimate"], default="proven", help=certificate)
     seed = "of the random start vectors of a proven certificate; default: from the operating system"
-    flag("--certificate_seed", type=utils.seed, help=seed)
+    flag("--certificate_seed", type=utils.natural_int, help=seed)
     deployed = "what a proven certificate is for: the exact function, or what the network computes in float32"
     flag("--deployed", choices=list(DEPLOYED), default="exact", help=deployed)
     flag("--clip", action="store_true", help="certify against valid images only, with pixels in [0, 1]")
     flag("--test_sniter", type=utils.positive_int, default=2000, help="power iterations per norm of an estimate")
-    flag("--test_opt_iter", type=utils.positive_int, default=1000, help="rounds of pinning for the worst-case logits")
+    flag("--test_opt_iter", type=utils.positive_int, default=1000, help="rounds of pinning of an estimate")
     flag("--out", help="folder for the report: a CSV row per image, summary.json and pictures")
-    return parse(parser)
+    flag("--overwrite", action="store_true", help="replace a report that --out has already")
+    args = parser.parse_args()
+    if args.certificate == "estimate" and (args.deployed != "exact" or args.certificate_seed is not None):
+        raise InputError("--deployed and --certificate_seed belong to a proven certificate, not to an estimate")
+    return args
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say what is evaluated, and at which radius."""
     utils.add_common_flags(parser, list(utils.MODELS))
+    # What is not given is taken from the checkpoint, where it knows.
+    parser.set_defaults(data=None, model=None, width=None)
     flag = parser.add_argument
     flag("--saved_model", required=True, help="checkpoint file, or the prefix of one (PREFIX_best.pth)")
     epsilon = "L2 radius in pixel space (pixels in [0, 1]); default: the paper's for the data set"
@@ -58,16 +64,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     flag("--failure_probability", type=utils.probability, default=1e-6, help=probability)
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line and fill in the radius of the data set."""
-    args = parser.parse_args()
-    if args.epsilon is None:
-        args.epsilon = utils.EPSILON[args.data]
-    return args
-
-
 def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[str, Any]]:
     """What the flags name: model in eval mode and test images on one device, the checkpoint's path and content.
+
+    Fills in data, model and width from the checkpoint where `args` do not name them, and the data set's radius.
 
     Raises:
         InputError: if one of them is missing, damaged or does not fit.
@@ -75,9 +75,15 @@ def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[
     device = utils.select_device(args.device)
     path = find_checkpoint(args.saved_model)
     checkpoint = utils.load_checkpoint(path)
+    trained = checkpoint.get("arguments") or {}
+    for name, otherwise in (("data", "mnist"), ("model", "relux"), ("width", 1.0)):
+        if getattr(args, name) is None:
+            setattr(args, name, trained.get(name, otherwise))
     model = utils.select_model(args.data, args.model, width=args.width)
     utils.load_weights(model, checkpoint["state_dict"], str(path))
     model.to(device).eval().requires_grad_(False)
+    if args.epsilon is None:
+        args.epsilon = utils.EPSILON[args.data]
     return model, load_data(args.data, args.data_dir, train=False).to(device)[: args.images], path, checkpoint
 
 
@@ -125,13 +131,16 @@ class Proven:
         self.model, self.args, self.clip = copy.deepcopy(model).double(), args, clip_range(args)
         radii = len(CERTIFIED_MULTIPLES) + 1 if args.out else 1
         planned = images * len(self.model) * len(STAGES) * radii
-        self.norms = ProvenNorms(args.failure_probability, planned, seed=args.certificate_seed, deployed=args.deployed)
+        compares = args.clip or args.deployed != "exact"
+        probability = args.failure_probability / (2 if compares else 1)
+        self.norms = ProvenNorms(probability, planned, seed=args.certificate_seed, deployed=args.deployed)
         self.decided = [0] * (len(STAGES) + 1)
         # What --clip gains and --deployed costs is measured beside the certificate without them.
         self.plain_norms: ProvenNorms | None = None
         self.plain_certified = 0
-        if args.clip or args.deployed != "exact":
-            self.plain_norms = ProvenNorms(args.failure_probability, planned, seed=args.certificate_seed)
+        if compares:
+            other_seed = None if args.certificate_seed is None else args.certificate_seed + 1
+            self.plain_norms = ProvenNorms(probability, planned, seed=other_seed)
 
     def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """What is known about a batch at epsilon."""
@@ -211,8 +220,10 @@ def evaluate_batch(
         }
         found["certified"] = found["worst_margin"] > 0
         # Downwards, so that what one radius leaves to start from is more than the next one needs.
-        radii = CERTIFIED_MULTIPLES[::-1] * args.epsilon if args.out else ()
-        found["certified_over_radius"] = by_column([certificate.at(x, y, float(r)) for r in radii][::-1], x)
+        multiples = CERTIFIED_MULTIPLES[::-1].tolist() if args.out else []
+        known = {0.0: found["margin"] > 0, 1.0: found["certified"]}
+        columns = {m: known[m] if m in known else certificate.at(x, y, m * args.epsilon) for m in multiples}
+        found["certified_over_radius"] = by_column([columns[m] for m in sorted(columns)], x)
     return Outcome(**{name: column.cpu().numpy() for name, column in found.items()})
 
 
@@ -226,7 +237,11 @@ def pgd(model: nn.Sequential, x: Tensor, y: Tensor, epsilon: float, steps: int =
     if epsilon == 0:
         return x
     cross_entropy = nn.CrossEntropyLoss(reduction="sum")
-    return L2PGDAttack(model, cross_entropy, epsilon, steps, epsilon / 4, True, 0.0, 1.0).perturb(x, y)
+    point = L2PGDAttack(model, cross_entropy, epsilon, steps, epsilon / 4, True, 0.0, 1.0).perturb(x, y)
+    # The attack rounds after it has projected; a hair outside of the ball would prove nothing.
+    step = (point - x).flatten(1)
+    scale = (epsilon * (1 - 1e-6) / step.norm(dim=1).clamp(min=1e-30)).clamp(max=1)
+    return x + (step * scale[:, None]).view_as(x)
 
 
 def global_radius(model: nn.Sequential, logits: Tensor, y: Tensor, lipschitz: Tensor) -> Tensor:
@@ -256,6 +271,8 @@ def main() -> None:
     model, images, path, checkpoint = load(args)
     if args.out:
         utils.check_writable(Path(args.out))
+        if (Path(args.out) / "summary.json").exists() and not args.overwrite:
+            raise InputError(f"{args.out} has a report already; choose another --out, or --overwrite")
 
     torch.manual_seed(args.seed)
     started = time.perf_counter()

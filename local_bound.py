@@ -39,6 +39,9 @@ class Norms(Protocol):
     def whole(self, operator: LinearOperator) -> Tensor:
         """||W||, a scalar."""
 
+    def absolute(self, operator: LinearOperator) -> Tensor:
+        """At least || |W| ||, a scalar; asked for only where a roundoff is not 0."""
+
     def masked(self, operator: LinearOperator, in_mask: Tensor | None, out_mask: Tensor | None) -> Tensor:
         """||D_out W D_in|| for every image: (N,). Masks are (N, ...) booleans; None switches nothing off."""
 
@@ -198,7 +201,7 @@ class _Walk:
         self.columns = None
         norm = self.norms.whole(operator)
         self.global_norms[operator.position] = norm
-        self.global_lipschitz = self.global_lipschitz * norm
+        self.global_lipschitz = self.rounding.at_least(self.global_lipschitz * norm)
         if length is not None:
             absolute = self.norms.absolute(operator)
             self.rounding.pass_layer(operator, norm, absolute, length)
@@ -246,7 +249,7 @@ class _Walk:
         length, logit_rounding = self._longest(radius), None
         if length is not None:
             # A millionth more outweighs the rounding of the difference of squares in `worst_logits`, which cancels.
-            radius = radius * (1 + 1e-6)
+            radius = self.rounding.at_least(radius * (1 + 1e-6))
             logit_rounding = self.rounding.of_logits(last, length) + self.deployed.of_logits(last, length)
         return Bound(
             logits=last(self.center),
@@ -278,13 +281,16 @@ class _Walk:
             self.varying[operator.position] = rows
         self.masks[operator.position] = (columns, rows)
         self.local_norms[operator.position] = norm
-        self.local_lipschitz = self.local_lipschitz * norm
+        self.local_lipschitz = self.rounding.at_least(self.local_lipschitz * norm)
         self._open = None
 
 
 @dataclass
 class _OpenLayer:
-    """A linear layer whose local norm waits for the activation behind it to say which rows are left."""
+    """A linear layer whose local norm waits for the activations behind it to say which rows are left.
+
+    Rows follow as long as every activation treats each entry by itself; one that mixes entries ends that.
+    """
 
     operator: LinearOperator
     columns: Tensor | None
@@ -577,7 +583,8 @@ def prove(
     epsilon = torch.as_tensor(epsilon, dtype=x.dtype, device=x.device).expand(len(x))
     still_open = torch.arange(len(x), device=x.device)
     decided: list[int] = []
-    for norms.steps in STAGES:
+    for steps in STAGES:
+        norms.steps = steps
         bound = propagate(model, x[still_open], epsilon[still_open], norms, clip)
         margin, possible = _margins(bound, y[still_open], epsilon[still_open], norms)
         found = [bound.logits, margin, bound.local_lipschitz, *eliminated(bound)]
@@ -717,6 +724,8 @@ def certified_radius(
     million pixels in [0, 1] lie apart, get `limit`. Without y, (N,), the network's own answer is the label. Arguments
     otherwise and errors are those of `certify`.
     """
+    if not (0 < tolerance < math.inf and 0 < limit < math.inf):
+        raise ValueError(f"tolerance and limit must be finite and above 0, got {tolerance} and {limit}")
     # Doubling and halving between the tolerance and the limit, and the question at 0.
     questions = 3 + 2 * math.ceil(max(0.0, math.log2(limit / tolerance)))
     model, x, norms = _prepare(model, x, certificate, failure_probability, questions)

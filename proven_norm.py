@@ -19,6 +19,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,8 +53,9 @@ class ProvenNorms:
         steps: Lanczos steps per masked convolution norm; 0 answers every masked norm with the whole one, at no cost.
             May be changed between calls.
         whole_steps: the same for whole norms, one per layer.
-        seed: of the start vectors; None takes one from the operating system. Whoever knows it could make a network
-            that the bound fails for, so a seed given is for repeating a run.
+        seed: of the pseudo-random generator (PCG64) of the start vectors; None takes 128 bits from the operating
+            system. Whoever knows it could make a network that the bound fails for, so a seed given is for repeating
+            a run.
         deployed: what the certificates are to hold for: `exact`, the function that the weights define in exact
             arithmetic, or `float32`, what the network computes in single precision.
 
@@ -80,7 +82,7 @@ class ProvenNorms:
         self.roundoffs = (FLOAT64, DEPLOYED[deployed])
         self.failure_probability = failure_probability
         self.steps = steps
-        self.seed = secrets.randbits(62) if seed is None else seed
+        self.seed = secrets.randbits(128) if seed is None else seed
         self.lower: dict[int | str, Tensor] = {}
         self._whole_steps = whole_steps
         self._left = planned
@@ -89,7 +91,7 @@ class ProvenNorms:
         self._per_whole = failure_probability / 2 / _MOST_WHOLES
         self._wholes_left = _MOST_WHOLES
         self._whole: dict[int | str, _Whole] = {}
-        self._generator: torch.Generator | None = None
+        self._generator = np.random.default_rng(self.seed)
 
     @torch.no_grad()
     def whole(self, operator: LinearOperator) -> Tensor:
@@ -188,21 +190,20 @@ class ProvenNorms:
                 image = _times(operator.apply(_times(operator.adjoint(v), columns)), rows)
             return image.flatten(1)
 
-        start = self._normal(count, shape, operator.weight.device)
+        def draw() -> Tensor:
+            return _times(self._normal(count, shape, operator.weight.device), mask).flatten(1)
+
         dimension = torch.full((count,), float(shape.numel()))
         if mask is not None:
-            start = start * mask
             dimension = mask.flatten(1).sum(dim=1).double().cpu()
-        largest = _largest_ritz_value(gram, start.flatten(1), steps)  # (count,)
+        largest = _largest_ritz_value(gram, draw, steps)  # (count,)
         inflation = _inflation(dimension, steps, probability).to(largest.device)
         norm = largest.clamp(min=0).sqrt()
         lower, upper = _bracket(norm, operator, steps)
         return lower, torch.where(inflation.isinf(), inflation, upper * inflation)
 
     def _normal(self, count: int, shape: torch.Size, device: torch.device) -> Tensor:
-        if self._generator is None:
-            self._generator = torch.Generator(device).manual_seed(self.seed)
-        return torch.randn(count, *shape, dtype=torch.float64, device=device, generator=self._generator)
+        return torch.from_numpy(self._generator.standard_normal((count, *shape))).to(device)
 
 
 @dataclass
@@ -252,27 +253,38 @@ def _inflation(dimension: Tensor, steps: int, probability: float) -> Tensor:
     return torch.where(root < 1, (1 - root.clamp(max=1) ** 2).rsqrt(), torch.inf)
 
 
-def _largest_ritz_value(gram: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Tensor:
-    """Lanczos with full re-orthogonalisation: largest eigenvalue that `steps` products show. start: (N, n)."""
-    count, size = start.shape
+def _largest_ritz_value(gram: Callable[[Tensor], Tensor], draw: Callable[[], Tensor], steps: int) -> Tensor:
+    """Lanczos with full re-orthogonalisation: the largest eigenvalue (N,) that `steps` products show.
+
+    draw: gives random vectors (N, n). The first starts the iteration; further ones carry on where a space is exhausted,
+    since what the start vector has no part in may have been lost to rounding.
+    """
+    vector, _ = _normalized(draw())
+    count, size = vector.shape
     steps = min(steps, size)
-    basis = start.new_zeros(count, steps, size)
-    diagonal, beside = start.new_zeros(count, steps), start.new_zeros(count, steps)
-    vector = _normalized(start)[0]
+    basis = vector.new_zeros(count, steps, size)
+    diagonal, beside = vector.new_zeros(count, steps), vector.new_zeros(count, steps)
     for step in range(steps):
         basis[:, step] = vector
         image = gram(vector)
         diagonal[:, step] = (vector * image).sum(dim=1)
-        known = basis[:, : step + 1]
-        for _ in range(2):
-            image = image - torch.einsum("nk,nks->ns", torch.einsum("nks,ns->nk", known, image), known)
-        vector, length = _normalized(image)
-        # What rounding leaves behind the last direction of an exhausted space is no direction of it.
+        vector, length = _normalized(_orthogonal(image, basis[:, : step + 1]))
         exhausted = length <= 1e-12 * diagonal.abs().amax(dim=1)
-        vector = torch.where(exhausted[:, None], 0, vector)
         beside[:, step] = torch.where(exhausted, 0, length)
+        if exhausted.any():
+            fresh, left = _normalized(_orthogonal(_normalized(draw())[0], basis[:, : step + 1]))
+            # In a space with no direction left, what is left of a vector is rounding.
+            fresh = torch.where((left > 1e-8)[:, None], fresh, 0)
+            vector = torch.where(exhausted[:, None], fresh, vector)
     tridiagonal = diagonal.diag_embed() + beside[:, :-1].diag_embed(1) + beside[:, :-1].diag_embed(-1)
     return torch.linalg.eigvalsh(tridiagonal)[:, -1]
+
+
+def _orthogonal(x: Tensor, basis: Tensor) -> Tensor:
+    """What is left of x beside an orthonormal basis, by Gram-Schmidt, twice. x: (N, n), basis: (N, k, n)."""
+    for _ in range(2):
+        x = x - torch.einsum("nk,nks->ns", torch.einsum("nks,ns->nk", basis, x), basis)
+    return x
 
 
 def _normalized(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """What evaluations leave behind: a CSV row per image, a summary, pictures, and the table of all summaries.
 
-`python report.py` gathers results/*/summary.json into the table of the README.
+`python report.py` gathers results/JOB/{proven,estimate}/summary.json into the table of the README.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def as_text(summary: dict) -> str:
         "clean": ("clean", ""),
         "pgd": ("PGD", "100 steps of epsilon/4 inside [0, 1]"),
         "certified": ("certified", f"local bound, {how_certified}"),
-        "certified_globally": ("", "global bound, likewise"),
+        "certified_globally": ("", "global bound alone, rounding not allowed for"),
     }
     lines = [
         f"{arguments['data']}: {summary['images']} test images, epsilon {summary['epsilon']:.6g} (L2, pixel space)"
@@ -360,8 +360,11 @@ def table(results: Path) -> str:
     ]
     for row in PAPER:
         paths = [results / row.job / kind / "summary.json" for kind in ("proven", "estimate")]
-        summaries = [json.loads(path.read_text()) for path in paths if path.is_file()]
-        cells = [f"`{row.job}`", row.title, " / ".join(f"{p:.1f}" for p in row.accuracy), *_table_cells(row, summaries)]
+        try:
+            found = _table_cells(row, [json.loads(path.read_text()) for path in paths if path.is_file()])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"a summary.json below {results / row.job} is damaged: {error!r}") from None
+        cells = [f"`{row.job}`", row.title, " / ".join(f"{p:.1f}" for p in row.accuracy), *found]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -372,6 +375,8 @@ def _table_cells(row: Published, summaries: list[dict]) -> list[str]:
     clean, pgd = (_percent(summaries[0], name) for name in ("clean", "pgd"))
     certified = {summary["certificate"]["kind"]: _percent(summary, "certified") for summary in summaries}
     remarks = dict.fromkeys(remark for summary in summaries for remark in _remarks(row, summary))
+    if len({summary["checkpoint"]["sha256"] for summary in summaries}) > 1:
+        remarks["the columns are of different checkpoints"] = None
     return [
         f"{clean} / {pgd}",
         *(certified.get(kind, "not run") for kind in ("proven", "estimate")),
@@ -400,6 +405,8 @@ def _remarks(row: Published, summary: dict) -> list[str]:
         remarks.append(f"estimate by {certificate['power_iterations']} power iterations")
     if certificate["clip"]:
         remarks.append("valid images only")
+    if certificate.get("deployed", "exact") != "exact":
+        remarks.append(f"for the {certificate['deployed']} network")
     return remarks
 
 

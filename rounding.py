@@ -9,7 +9,10 @@ unit roundoff. Through the layers errors in L2 add up as
 where `length` bounds the layer's input (after Murray 2026, arXiv 2603.13334). Activations that only compare and choose
 add nothing. The factor c = 2 and some terms more than the dot product has allow for the operations around it.
 
-Assumed: sums are sums. Convolutions by FFT or Winograd, flushed denormals and TF32 are outside the model.
+The model leaves out underflow and overflow. So each sum may be off by its terms times the smallest normal number
+besides (denormals may be flushed), and anything that could come near the largest number counts as arbitrarily far off.
+
+Assumed: sums are sums. Convolutions by FFT or Winograd and TF32 are outside the model.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ from spectral_norm import LinearOperator
 
 FLOAT64, FLOAT32 = 2.0**-53, 2.0**-24
 _EXTRA_TERMS = 16
+# Smallest normal number, and how large a number may get; in float64 with room for squares and products of two.
+_SMALLEST = {FLOAT64: 2.0**-1022, FLOAT32: 2.0**-126}
+_LARGEST = {FLOAT64: 1e100, FLOAT32: 1e38}
 
 
 class ExactArithmetic:
@@ -35,6 +41,10 @@ class ExactArithmetic:
     def of_sums(self, operator: LinearOperator, length: Tensor) -> float:
         """By how much any sum of a layer can be off."""
         return 0.0
+
+    def at_least(self, factor: Tensor) -> Tensor:
+        """A product of norms that underflow has not made too small."""
+        return factor
 
     def pass_layer(self, operator: LinearOperator, norm: Tensor, absolute: Tensor, length: Tensor) -> None:
         """Move on to the layer's outputs."""
@@ -76,7 +86,14 @@ class Rounding(ExactArithmetic):
         ones = [1] * (len(operator.output_shape) - 1)
         length = (length + self.distance).view(-1, 1, *ones)
         bias = _bias_size(operator).view(-1, *ones)
-        return self._gamma(_terms(operator)) * (operator.row_norms() * length + bias)
+        return self._gamma(_terms(operator)) * (operator.row_norms() * length + bias) + self._underflow(operator)
+
+    def _underflow(self, operator: LinearOperator) -> float:
+        return 4 * (_terms(operator) + _EXTRA_TERMS) * _SMALLEST[self.roundoff]
+
+    def at_least(self, factor: Tensor) -> Tensor:
+        """A product of norms that underflow has not made too small: no smaller than 1e-150."""
+        return factor.clamp(min=1e-150)
 
     def pass_layer(self, operator: LinearOperator, norm: Tensor, absolute: Tensor, length: Tensor) -> None:
         """Move on to the layer's outputs.
@@ -85,15 +102,24 @@ class Rounding(ExactArithmetic):
         """
         outputs = operator.output_shape[1:].numel()
         bias = _bias_size(operator).norm() * outputs**0.5
-        fresh = self._gamma(_terms(operator)) * (absolute * (length + self.distance) + bias)
+        largest = absolute * (length + self.distance) + bias
+        fresh = self._gamma(_terms(operator)) * largest + self._underflow(operator) * outputs**0.5 * len(
+            operator.weight
+        )
         self.distance = norm * self.distance + fresh * (1 + 1e-6)
+        # Written so that a NaN counts as too large.
+        fits = torch.maximum(largest, length) < _LARGEST[self.roundoff]
+        self.distance = torch.where(fits, self.distance, torch.inf)
 
     def of_logits(self, last: nn.Linear, length: Tensor) -> Tensor:
         """By how much a logit, or a difference of two rows times a step inside the ball, can be off: (N, K)."""
         rows = last.weight.norm(dim=1)
         bias = 0 if last.bias is None else last.bias.abs()
         size = (length + self.distance)[:, None] * (rows + 2 * rows.max()) + bias
-        return rows * self.distance[:, None] + 4 * self._gamma(last.in_features) * size
+        # What underflows in worst-case terms, which square, is below 1e-50 while nothing exceeds the largest number.
+        off = rows * self.distance[:, None] + 4 * self._gamma(last.in_features) * size + 1e-50
+        off = off + 4 * (last.in_features + _EXTRA_TERMS) * _SMALLEST[self.roundoff]
+        return torch.where(size < _LARGEST[self.roundoff], off, torch.inf)
 
 
 def _terms(operator: LinearOperator) -> int:

@@ -24,7 +24,7 @@ Usage: bash run_job.sh JOB [ARGUMENTS ...]
   test                  run the tests
   falsify PREFIX        try to break proven certificates of a checkpoint: PGD with restarts, steepest slopes
   bench PREFIX          what a proven certificate costs beside the published protocol
-  table                 put all results/*/summary.json beside the paper's values, in the README too
+  table                 put the reports below results/JOB/ beside the paper's values, in the README too
 
   The paper's training runs (checkpoints and logs go to runs/, see --output_dir) and their evaluations (of
   pretrained/..., see --saved_model; reports go to results/JOB/; --certificate estimate is the paper's protocol):
@@ -55,17 +55,19 @@ evaluate() {
 demo() {
     local run=results/demo
     "$PYTHON" train_mnist.py --data digits --width 0.25 --gloro --epsilon 0.5 --epsilon_train 0.6 --epochs 24 \
-        --rampup 10 --batch_size 128 --sniter 2 --lr 3e-3 --val_split 500 --output_dir "$run" --prefix digits --overwrite "$@"
-    "$PYTHON" evaluate.py --data digits --width 0.25 --epsilon 0.5 --saved_model "$run/digits" --out "$run"
+        --rampup 10 --batch_size 128 --sniter 2 --lr 3e-3 --val_split 500 --output_dir "$run" --prefix digits --overwrite
+    "$PYTHON" evaluate.py --data digits --width 0.25 --epsilon 0.5 --saved_model "$run/digits" --out "$run" --overwrite
 }
 
 [ $# -gt 0 ] || { jobs; exit 0; }
 job=$1
 shift
 case $job in
-    demo) set_up; demo "$@" ;;
+    demo)
+        [ $# -eq 0 ] || { echo "error: the demo takes no arguments; train_mnist.py and evaluate.py do" >&2; exit 2; }
+        set_up; demo ;;
     test) set_up; "$PYTHON" -m pytest "$@" ;;
-    falsify) need_prefix "$@"; set_up; "$PYTHON" falsify.py --saved_model "$@" ;;
+    falsify) need_prefix "$@"; set_up; "$PYTHON" falsify.py --out results/falsify --saved_model "$@" ;;
     bench) need_prefix "$@"; set_up; "$PYTHON" benchmarks/certification.py --saved_model "$@" ;;
     table) set_up; "$PYTHON" report.py "$@" ;;
 

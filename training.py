@@ -31,7 +31,7 @@ class TrainingDiverged(ScriptError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Radius, loss weight and learning rate over a training of so many epochs (METHOD of the paper, appendix).
+    """Radius, loss weight and learning rate over a training of so many epochs (the published recipe).
 
     Attributes:
         epochs, warmup, rampup: lengths in epochs.
@@ -174,16 +174,16 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         tally = Tally(self.device)
-        unfinite = torch.full((), self.batches, device=self.device)  # first batch whose loss is not finite
+        non_finite = torch.full((), self.batches, device=self.device)  # first batch whose loss is not finite
         augment = self.args.data in AUGMENTED and not self.args.no_augmentation
         batches = self.training_set.batches(self.args.batch_size, self.shuffle, augment)
         for batch, (x, y, indices) in enumerate(batches):
             moment = epoch + batch / self.batches
             loss = self._step(x, y, indices, moment, tally)
-            unfinite = torch.where(loss.isfinite(), unfinite, unfinite.clamp(max=batch))
+            non_finite = torch.where(loss.isfinite(), non_finite, non_finite.clamp(max=batch))
             bar.update()
             if batch % BATCHES_PER_LOOK == 0 or batch == self.batches - 1:
-                self._refuse_unfinite(epoch, int(unfinite))
+                self._refuse_non_finite(epoch, int(non_finite))
                 mean, clean, certified = tally.means()
                 bar.set_postfix(loss=f"{mean:.3f}", clean=f"{clean:.2%}", certified=f"{certified:.2%}")
         mean, clean, certified = tally.means()
@@ -216,7 +216,7 @@ class _Run:
         tally.add(loss, bound.logits, worst, y)
         return loss.detach()
 
-    def _refuse_unfinite(self, epoch: int, batch: int) -> None:
+    def _refuse_non_finite(self, epoch: int, batch: int) -> None:
         if batch < self.batches:
             epsilon = self.schedule.epsilon_at(epoch + batch / self.batches)
             raise TrainingDiverged(
@@ -238,6 +238,10 @@ class _Run:
         return {"validation_clean_error": clean, "validation_certified_error": certified}
 
     def _finish_epoch(self, epoch: int, row: dict[str, Any]) -> None:
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise TrainingDiverged(
+                f"a weight is not finite after epoch {epoch + 1}; the last good checkpoint is untouched"
+            )
         self.epoch = epoch + 1
         self.rows.append(row)
         error = row["validation_certified_error"]

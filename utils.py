@@ -39,6 +39,9 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     except ScriptError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory; lower --batch_size or --test_batch_size", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -240,13 +243,18 @@ def select_device(name: str) -> torch.device:
 # --- hyper-parameters ------------------------------------------------------------------------------------------------
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names the defaults that there are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse that answers a wrong flag with one line and refuses abbreviated flags."""
 
     def __init__(self, description: str):
-        super().__init__(
-            description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {message} (--help lists the flags)", file=sys.stderr)

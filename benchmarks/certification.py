@@ -48,7 +48,7 @@ def main() -> None:
     flag("--test_sniter", type=utils.positive_int, default=2000, help="power iterations of the published protocol")
     flag("--sample_batches", type=utils.positive_int, default=1, help="batches that the published protocol is timed on")
     flag("--json", help="file for the figures")
-    args = evaluate.parse(parser)
+    args = parser.parse_args()
     model, images, _, _ = evaluate.load(args)
     if args.json:
         utils.check_writable(Path(args.json).parent)

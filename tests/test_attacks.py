@@ -26,7 +26,7 @@ def test_no_proven_certificate_falls(attack, tmp_path):
     answer = attack("--epsilon", 1e-4, "--out", tmp_path / "report")
     assert (answer.code, answer.err) == (0, "")
     rows = read_csv(tmp_path / "report" / "attacks.csv")
-    assert answer.out.startswith(f"{len(rows)} of 32 images certified")
+    assert f"\n{len(rows)} of 32 images certified" in answer.out
     assert len(rows) > 0
     for row in rows:
         assert row["fallen"] == "False"
@@ -49,7 +49,7 @@ def test_a_certificate_that_falls_ends_with_a_shout(attack, monkeypatch):
 def test_nothing_certified_is_no_failure(attack, tmp_path):
     answer = attack("--epsilon", 5, "--out", tmp_path / "report")
     assert answer.code == 0
-    assert answer.out.startswith("0 of 32 images certified")
+    assert "\n0 of 32 images certified" in answer.out
 
 
 def test_there_is_nothing_to_attack_at_radius_zero(attack):

@@ -276,3 +276,16 @@ def test_the_training_script_refuses_a_schedule_that_does_not_fit(tmp_path):
 def test_the_evaluation_script_refuses_a_truncated_checkpoint(saved_net):
     truncate(saved_net)
     assert_refused(spawn("evaluate.py", *TINY, "--saved_model", saved_net), "damaged")
+
+
+def test_a_report_is_not_replaced_unasked(call, saved_net, tmp_path):
+    flags = [*TINY, "--saved_model", saved_net, "--images", 2, "--epsilon", 0.01, "--out", tmp_path / "report"]
+    assert call("evaluate", *flags).code == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+    assert_refused(call("evaluate", *flags), "--overwrite")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before
+
+
+@pytest.mark.parametrize("flags", [["--deployed", "float32"], ["--certificate_seed", 1]], ids=str)
+def test_an_estimate_does_not_pretend_to_more(evaluation_refused, saved_net, flags):
+    evaluation_refused("belong to a proven certificate", saved_net, "--certificate", "estimate", *flags)

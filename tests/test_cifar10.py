@@ -215,9 +215,15 @@ def test_the_published_evaluation_lines_parse(command_line, model):
     assert args.saved_model == f"pretrained/{EVALUATION[model]}"
 
 
-def test_evaluation_without_epsilon_takes_the_papers(command_line):
-    command_line("--data", "cifar10", "--saved_model", "x")
-    assert evaluate.arguments().epsilon == 36 / 255
+def test_evaluation_takes_from_the_checkpoint_and_the_paper_what_is_not_given(command_line, tmp_path, monkeypatch):
+    trained = {"data": "cifar10", "model": "c6f2_clmaxmin", "width": 0.1}
+    state = utils.select_model(**trained).state_dict()
+    utils.save_checkpoint(tmp_path / "net.pth", {"state_dict": state, "arguments": trained})
+    monkeypatch.setattr(evaluate, "load_data", lambda *_, **__: ImageSet(torch.zeros(1, 3, 32, 32), torch.zeros(1)))
+    command_line("--saved_model", tmp_path / "net.pth", "--device", "cpu")
+    args = evaluate.arguments()
+    evaluate.load(args)
+    assert vars(args) | trained | {"epsilon": 36 / 255} == vars(args)
 
 
 # --- the official files, made up

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import re
 from typing import NamedTuple
 
@@ -398,6 +399,12 @@ def test_where_clipping_keeps_the_answer_whatever_the_image_the_radius_is_the_li
     model[2].bias.data = torch.tensor([10.0, 0.0, 0.0])
     radius = certified_radius(model, torch.rand(2, 6), certificate=certificate, **limit)
     assert radius.tolist() == pytest.approx([limit.get("limit", 1e3)] * 2)
+
+
+@pytest.mark.parametrize("bad", [{"tolerance": 0.0}, {"tolerance": -1.0}, {"limit": 0.0}, {"limit": math.inf}], ids=str)
+def test_a_tolerance_or_limit_without_sense_is_refused(bad):
+    with pytest.raises(ValueError, match="above 0"):
+        certified_radius(nn.Sequential(nn.Linear(6, 3)), torch.rand(2, 6), **bad)
 
 
 @pytest.mark.parametrize("ask", [certify, certified_radius, local_lipschitz])

@@ -319,8 +319,44 @@ def test_lanczos_keeps_its_orthogonality_on_an_ill_conditioned_operator(smallest
     basis = torch.linalg.qr(torch.randn(60, 60, dtype=torch.float64))[0]
     values = torch.logspace(0, math.log10(smallest), 60, dtype=torch.float64)
     matrix = basis * values @ basis.T
-    found = _largest_ritz_value(lambda v: v @ matrix, torch.randn(3, 60, dtype=torch.float64), steps=200)
+    found = _largest_ritz_value(lambda v: v @ matrix, lambda: torch.randn(3, 60, dtype=torch.float64), steps=200)
     torch.testing.assert_close(found, torch.ones_like(found), rtol=1e-9, atol=0)
+
+
+def test_lanczos_finds_a_leader_that_its_start_vector_has_hardly_any_part_in():
+    values = torch.full((200,), 0.5, dtype=torch.float64)
+    values[0] = 1
+    starts = iter([torch.ones(1, 200, dtype=torch.float64) * torch.tensor([1e-13] + [1.0] * 199)])
+
+    def draw():
+        return next(starts, torch.randn(1, 200, dtype=torch.float64))
+
+    found = _largest_ritz_value(lambda v: v * values, draw, steps=25)
+    torch.testing.assert_close(found, torch.ones_like(found), rtol=1e-9, atol=0)
+
+
+def stack_of(*layers):
+    """A float64 net of 1-input layers with ReLU between, from pairs of weight and bias."""
+    modules = []
+    for weight, bias in layers:
+        linear = nn.Linear(1, len(weight)).double()
+        linear.weight.data, linear.bias.data = torch.tensor(weight).double(), torch.tensor(bias).double()
+        modules += [linear, nn.ReLU()]
+    return nn.Sequential(*modules[:-1])
+
+
+def test_what_underflows_on_the_way_certifies_nothing():
+    scales = [1e-200, 1e-200, 1e200, 1e200]
+    net = stack_of(*[([[s]], [0.0]) for s in scales], ([[0.0], [1.0]], [0.5, 0.0]))
+    assert not certify(net, torch.tensor([[0.4]]), torch.tensor([0]), 0.3).any()  # at 0.7 the answer is 1
+
+
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_no_float32_network_that_overflows_or_underflows_is_certified(scale):
+    net = stack_of(([[scale]], [0.0]), ([[scale]], [0.0]), ([[1.0], [0.0]], [0.0, 0.0]))
+    x, y = torch.tensor([[0.5]]).double(), torch.tensor([0])
+    norms = ProvenNorms(SURELY, 100, deployed="float32")
+    assert not (prove(net, x, y, 0.1, norms).margin > 0).any()
 
 
 # --- proofs ----------------------------------------------------------------------------------------------------------
@@ -639,7 +675,7 @@ def evaluate(call, checkpoint, tmp_path):
 
     def run(*flags):
         base = [*TINY, "--epsilon", 0.01, "--images", 12, "--test_sniter", 30, "--saved_model", checkpoint]
-        answer = call("evaluate", *base, "--out", tmp_path, *flags)
+        answer = call("evaluate", *base, "--out", tmp_path, "--overwrite", *flags)
         assert (answer.code, answer.err) == (0, "")
         return json.loads((tmp_path / "summary.json").read_text())
 
@@ -657,6 +693,7 @@ def test_an_evaluation_proves_by_default_and_says_what(evaluate):
         "clip": False,
         "lanczos_steps": list(STAGES),
         "decided": [],
+        "certified_plain": None,
     }
     assert sum(certificate["decided"]) == 12
     accuracy = {name: summary["accuracy"][name]["count"] for name in ("certified", "pgd", "clean")}

@@ -172,15 +172,19 @@ def test_the_other_jobs_start_their_scripts(run_job, job, script):
 
 
 def test_falsification_starts_with_the_prefix_of_a_checkpoint_and_is_refused_without(run_job):
-    words = ["falsify.py", "--saved_model", "runs/net", "--device", "cpu"]
+    words = ["falsify.py", "--out", "results/falsify", "--saved_model", "runs/net", "--device", "cpu"]
     assert run_job("falsify", "runs/net", "--device", "cpu").out.splitlines() == words
     answer = run_job("falsify")
     assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1)
 
 
-@pytest.mark.parametrize("job", ["demo", "test"])
-def test_demo_and_test_pass_further_arguments_on(run_job, job):
-    assert "--device\ncpu\n" in run_job(job, "--device", "cpu").out
+def test_the_tests_take_further_arguments(run_job):
+    assert "-k\nnorms\n" in run_job("test", "-k", "norms").out
+
+
+def test_the_demo_takes_none(run_job):
+    answer = run_job("demo", "--width", "0.5")
+    assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1)
 
 
 # --- for real, on the digits

@@ -411,3 +411,20 @@ def test_kill_during_save_leaves_the_earlier_checkpoint(runs):
     assert {name: after[name] for name in before} == before
     assert len(after) == len(before) + 1  # the half-written temporary file
     assert [row["epoch"] for row in read_csv(runs.train("--resume").log)] == ["1", "2", "3", "4"]
+
+
+def test_weights_that_are_not_finite_are_never_saved(runs, monkeypatch):
+    runs.train("--epochs", 1, "--rampup", 0)
+    before = runs.contents()
+    step = training._Run._step
+
+    def spoil_the_last_step(run, *given):
+        loss = step(run, *given)
+        run.model[0].weight.data[0] = torch.nan
+        return loss * 0 + 1
+
+    monkeypatch.setattr(training._Run, "_step", spoil_the_last_step)
+    monkeypatch.setattr(training._Run, "_validate", lambda run: {})
+    with pytest.raises(training.TrainingDiverged, match="epoch 1"):
+        runs.train("--epochs", 1, "--rampup", 0, "--overwrite")
+    assert runs.contents() == before
