@@ -17,7 +17,7 @@ import utils
 from data_load import AUGMENTED, ImageSet, hold_out, load_data
 from local_bound import bcp_loss, gloro_loss, propagate, worst_logits, worst_margin
 from spectral_norm import PowerIteration, StoredVectors
-from utils import InputError, ScriptError
+from utils import InputError, ScriptError, first_line
 
 # Power iterations per step of the first resumed epoch, in place of the singular vectors that checkpoints do not hold.
 RESUME_ITERATIONS = 30
@@ -301,7 +301,10 @@ class _Run:
             image, _, _ = next(self.training_set[:1].batches(1))
             propagate(self.model, image, 0.0, probe)
         shapes = {position: vector.shape[1:] for position, vector in probe.local_vectors.items()}
-        return StoredVectors(len(self.training_set), shapes, self.device, self.args.seed)
+        try:
+            return StoredVectors(len(self.training_set), shapes, self.device, self.args.seed)
+        except RuntimeError as error:
+            raise InputError(f"no room for the singular vectors of the training set: {first_line(error)}") from None
 
 
 class RunFiles:
