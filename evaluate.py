@@ -75,7 +75,8 @@ def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[
     device = utils.select_device(args.device)
     path = find_checkpoint(args.saved_model)
     checkpoint = utils.load_checkpoint(path)
-    trained = checkpoint.get("arguments") or {}
+    trained = checkpoint.get("arguments")
+    trained = trained if isinstance(trained, dict) else {}
     for name, otherwise in (("data", "mnist"), ("model", "relux"), ("width", 1.0)):
         if getattr(args, name) is None:
             setattr(args, name, trained.get(name, otherwise))
