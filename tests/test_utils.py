@@ -1,4 +1,5 @@
 import resource
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -166,19 +167,21 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """No file can grow beyond 4 kB."""
+    """No file can grow beyond 4 kB: not even pytest's own log, so it must not outlast the call under test."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_checkpoint_that_does_not_fit_on_the_disk_is_refused_and_leaves_the_old_one(tmp_path, full_disk):
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_refused_and_leaves_the_old_one(tmp_path):
     path = tmp_path / "net.pth"
     path.write_text("old")
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(InputError, match="cannot write"), full_disk():
         utils.save_checkpoint(path, {"state_dict": {"0.weight": torch.zeros(10_000)}})
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
