@@ -16,12 +16,14 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_activation import Clip, through_activation
 from proven_norm import ProvenNorms
 from rounding import ExactArithmetic, Rounding
 from spectral_norm import Conv, Dense, LinearOperator, PowerIteration
@@ -83,7 +85,12 @@ class Bound:
 
 
 def propagate(
-    model: nn.Sequential, x: Tensor, epsilon: float | Tensor, norms: Norms, clip: tuple[float, float] | None = None
+    model: nn.Sequential,
+    x: Tensor,
+    epsilon: float | Tensor,
+    norms: Norms,
+    clip: tuple[float, float] | None = None,
+    fused: bool = True,
 ) -> Bound:
     """Walk through the network with ball and box.
 
@@ -94,6 +101,8 @@ def propagate(
         norms: answers `whole` and `masked`, e.g. `spectral_norm.PowerIteration(5)`.
         clip: smallest and largest value of a valid image, if the bound need hold for valid images only. x has to be
             valid itself: the box must hold it.
+        fused: take a linear layer's box through its activation in one step (`fused_activation`) where nothing is
+            rounded, or operation by operation, which is slower and gives the same but for rounding.
 
     Raises:
         TypeError: names the first layer without a rule and its position; no layer is ever skipped.
@@ -108,7 +117,7 @@ def propagate(
     *hidden, (position, last) = _layers(model)
     if type(last) is not nn.Linear:
         raise TypeError(f"the network must end in Linear, not in {_describe(position, last)}")
-    walk = _Walk(x, epsilon, norms, clip)
+    walk = _Walk(x, epsilon, norms, clip, fused)
     for position, layer in hidden:
         _rule_for(position, layer)(walk, position, layer)
     return walk.finish(last)
@@ -161,20 +170,86 @@ def _broadcast(per_image: Tensor, like: Tensor) -> Tensor:
     return per_image.view(-1, *[1] * (like.dim() - 1))
 
 
+class _Region:
+    """A ball's centre and a box, (N, ...) each, the box given by its ends.
+
+    Attributes:
+        center, lower, upper: centre of the ball, ends of the box.
+        stack: (2N, ...) the centre and the middle of the box, so that a linear layer takes one call for both; (N, ...)
+            if they are the same.
+        half: half-width of the box; (N, 1, ...) if it is the same for all entries.
+    """
+
+    def __init__(self, center: Tensor, lower: Tensor, upper: Tensor):
+        self.center, self.lower, self.upper = center, lower, upper
+
+    @cached_property
+    def stack(self) -> Tensor:
+        return torch.cat([self.center, (self.upper + self.lower) / 2])
+
+    @cached_property
+    def half(self) -> Tensor:
+        return (self.upper - self.lower) / 2
+
+    def map(self, monotone: Callable[[Tensor], Tensor]) -> _Region:
+        """The region behind a monotone function."""
+        return _Region(monotone(self.center), monotone(self.lower), monotone(self.upper))
+
+    def reshape(self, shape: Callable[[Tensor], Tensor]) -> _Region:
+        """The region with its entries renamed."""
+        return self.map(shape)
+
+
+class _CenteredRegion(_Region):
+    """The same, given by stack and half-width."""
+
+    def __init__(self, stack: Tensor, half: Tensor):
+        self.stack, self.half = stack, half
+        self.center, self._middle = stack[: len(half)], stack[-len(half) :]
+
+    @cached_property
+    def lower(self) -> Tensor:
+        return self._middle - self.half
+
+    @cached_property
+    def upper(self) -> Tensor:
+        return self._middle + self.half
+
+    def reshape(self, shape: Callable[[Tensor], Tensor]) -> _Region:
+        return _CenteredRegion(shape(self.stack), shape(self.half.expand_as(self.center)))
+
+
+class _UncutRegion(_Region):
+    """The same behind a linear layer: a box still to be intersected with the ball's own box, centre +- reach.
+
+    Attributes:
+        uncut_stack, uncut_half: centre, middle and half-width of the box, before the intersection.
+        reach: half-width of the ball's own box.
+    """
+
+    def __init__(self, uncut_stack: Tensor, uncut_half: Tensor, reach: Tensor):
+        self.uncut_stack, self.uncut_half, self.reach = uncut_stack, uncut_half, reach
+        self.center, self._middle = uncut_stack[: len(uncut_half)], uncut_stack[-len(uncut_half) :]
+
+    @cached_property
+    def lower(self) -> Tensor:
+        return torch.maximum(self._middle - self.uncut_half, self.center - self.reach)
+
+    @cached_property
+    def upper(self) -> Tensor:
+        return torch.minimum(self._middle + self.uncut_half, self.center + self.reach)
+
+
 class _Walk:
     """Ball, box and mask on their way through the layers. The rules below move it; it asks `norms` for the norms."""
 
-    def __init__(self, x: Tensor, epsilon: Tensor, norms: Norms, clip: tuple[float, float] | None):
+    def __init__(self, x: Tensor, epsilon: Tensor, norms: Norms, clip: tuple[float, float] | None, fused: bool):
         self.norms = norms
         self.epsilon = epsilon
-        self.center = x
         # Of this computation, which the ball and the box have to allow for, and of the deployed network.
         self.rounding, self.deployed = (Rounding(u, epsilon) if u else ExactArithmetic() for u in norms.roundoffs)
-        half = _broadcast(epsilon, x)
-        half = half + self.rounding.widening(x, half)
-        self.lower, self.upper = x - half, x + half
-        if clip is not None:
-            self.lower, self.upper = self.lower.clamp(min=clip[0]), self.upper.clamp(max=clip[1])
+        self._fused = fused and not any(norms.roundoffs)
+        self.region = self._first_box(x, clip)
         self.columns: Tensor | None = None  # (N, ...) which of the current activations can vary; None: all
         self.local_norms: dict[Position, Tensor] = {}
         self.global_norms: dict[Position, Tensor] = {}
@@ -183,6 +258,31 @@ class _Walk:
         self.local_lipschitz = torch.ones_like(epsilon)  # (N,)
         self.global_lipschitz = epsilon.new_ones(())
         self._open: _OpenLayer | None = None
+
+    @property
+    def center(self) -> Tensor:
+        """(N, ...) the activations of x."""
+        return self.region.center
+
+    @property
+    def lower(self) -> Tensor:
+        """(N, ...) the smallest activations in the ball."""
+        return self.region.lower
+
+    @property
+    def upper(self) -> Tensor:
+        """(N, ...) the largest activations in the ball."""
+        return self.region.upper
+
+    def _first_box(self, x: Tensor, clip: tuple[float, float] | None) -> _Region:
+        half = _broadcast(self.epsilon, x)
+        if clip is None and not any(self.norms.roundoffs):
+            return _CenteredRegion(x, half)
+        half = half + self.rounding.widening(x, half)
+        lower, upper = x - half, x + half
+        if clip is not None:
+            lower, upper = lower.clamp(min=clip[0]), upper.clamp(max=clip[1])
+        return _Region(x, lower, upper)
 
     def linear(self, operator: LinearOperator) -> None:
         """Move through W x + b."""
@@ -193,11 +293,12 @@ class _Walk:
         length = self._longest(radius)
         rounding = self.rounding.of_sums(operator, length)
         reach = radius.view(-1, *[1] * len(operator.output_shape)) * operator.row_norms() + rounding
-        middle, half = (self.upper + self.lower) / 2, (self.upper - self.lower) / 2
-        self.center, middle = operator.affine(torch.cat([self.center, middle])).chunk(2)
-        half = operator.absolute(half) + rounding
-        self.lower = torch.maximum(middle - half, self.center - reach)
-        self.upper = torch.minimum(middle + half, self.center + reach)
+        stack, half = self.region.stack, self.region.half
+        if half.shape[1:] == operator.input_shape:
+            half = operator.absolute(half)
+        else:
+            half = operator.absolute(half.new_ones(1, *operator.input_shape)) * half
+        self.region = _UncutRegion(operator.affine(stack), half + rounding, reach)
         self.columns = None
         norm = self.norms.whole(operator)
         self.global_norms[operator.position] = norm
@@ -215,31 +316,38 @@ class _Walk:
         return largest.flatten(1).norm(dim=1) + radius
 
     def elementwise(self, position: Position, layer: nn.Module, varying: Tensor) -> None:
-        """Move through a monotone activation that treats every entry by itself.
+        """Move through a monotone activation that treats every entry by itself and has Lipschitz constant 1.
 
         varying: (N, ...) entries of which the output can vary in the ball. The others eliminate columns of the next
         linear layer and, if only such activations lie between, rows of the linear layer before.
         """
-        self._apply_monotone(layer)
+        self.region = self.region.map(layer)
+        self._eliminate(position, varying)
+
+    def clipping(self, position: Position, layer: nn.Module, clip: Clip) -> None:
+        """Move through a layer that does what `clip` says. With pairs, only columns of the next linear layer go."""
+        before = self.region
+        if self._fused and isinstance(before, _UncutRegion):
+            stack, half, varying = through_activation(before.uncut_stack, before.uncut_half, before.reach, clip)
+            self.region = _CenteredRegion(stack, half)
+        else:
+            varying = ~clip.constant(before.lower, before.upper)
+            self.region = before.map(layer)
+        if clip.pairs:
+            self.columns = None
+            if self._open:
+                self._open.rows_follow = False
+        self._eliminate(position, varying)
+
+    def _eliminate(self, position: Position, varying: Tensor) -> None:
         self.columns = varying if self.columns is None else varying & self.columns
         self.varying[position] = self.columns
         if self._open and self._open.rows_follow:
             self._open.rows = self.columns.reshape(-1, *self._open.operator.output_shape)
 
-    def mixing(self, position: Position, layer: nn.Module, varying: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Move through a monotone activation that mixes entries and has Lipschitz constant 1.
-
-        varying: gives (N, ...) from the box behind the activation. Only columns of the next linear layer go.
-        """
-        self._apply_monotone(layer)
-        self.columns = varying(self.lower, self.upper)
-        self.varying[position] = self.columns
-        if self._open:
-            self._open.rows_follow = False
-
     def reshape(self, shape: Callable[[Tensor], Tensor]) -> None:
         """Move through a layer that only renames entries, in the same order."""
-        self.center, self.lower, self.upper = shape(self.center), shape(self.lower), shape(self.upper)
+        self.region = self.region.reshape(shape)
         self.columns = None if self.columns is None else shape(self.columns)
 
     def finish(self, last: nn.Linear) -> Bound:
@@ -267,9 +375,6 @@ class _Walk:
             last_weight=last.weight,
             last_columns=self.columns,
         )
-
-    def _apply_monotone(self, layer: nn.Module) -> None:
-        self.center, self.lower, self.upper = layer(self.center), layer(self.lower), layer(self.upper)
 
     def _close(self) -> None:
         """Ask for the local norm of the last linear layer, now that its rows are known."""
@@ -428,21 +533,17 @@ def _flatten(walk: _Walk, position: Position, layer: nn.Flatten) -> None:
 @rule(nn.ReLU)
 def _relu(walk: _Walk, position: Position, layer: nn.ReLU) -> None:
     # In place, the layer would write over the box before it.
-    walk.elementwise(position, nn.ReLU() if layer.inplace else layer, ~(walk.upper <= 0))
+    walk.clipping(position, nn.ReLU() if layer.inplace else layer, Clip(0.0, math.inf))
 
 
 @rule(ReLU_x)
 def _clipped_relu(walk: _Walk, position: Position, layer: ReLU_x) -> None:
-    walk.elementwise(position, layer, ~(walk.upper <= 0) & ~(walk.lower > layer.threshold))
+    walk.clipping(position, layer, Clip(0.0, layer.threshold))
 
 
 @rule(ClampGroupSort)
 def _clipped_maxmin(walk: _Walk, position: Position, layer: ClampGroupSort) -> None:
-    def varying(lower: Tensor, upper: Tensor) -> Tensor:
-        first, second = lower.chunk(2, dim=1)[0], upper.chunk(2, dim=1)[1]
-        return torch.cat([~(first >= layer.max), ~(second <= layer.min)], dim=1)
-
-    walk.mixing(position, layer, varying)
+    walk.clipping(position, layer, Clip(layer.min, layer.max, pairs=True))
 
 
 # --- worst-case logits and losses ------------------------------------------------------------------------------------

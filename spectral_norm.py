@@ -61,6 +61,10 @@ class LinearOperator(ABC):
         """|W| x, entry by entry absolute. x: (N, *input_shape); returns (N, *output_shape)."""
 
     @abstractmethod
+    def weight_gradient(self, x: Tensor, y: Tensor) -> Tensor:
+        """Gradient of sum_n y_n . (W x_n) with respect to `weight`. x: (N, *input_shape), y: (N, *output_shape)."""
+
+    @abstractmethod
     def row_norms(self) -> Tensor:
         """L2 norm of the row of W that makes an output, or more; broadcasts over (N, *output_shape)."""
 
@@ -107,6 +111,9 @@ class Dense(LinearOperator):
 
     def absolute(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.abs())
+
+    def weight_gradient(self, x: Tensor, y: Tensor) -> Tensor:
+        return y.T @ x
 
     def row_norms(self) -> Tensor:
         return self.weight.norm(dim=1)  # (H_out,)
@@ -177,6 +184,10 @@ class Conv(LinearOperator):
     def absolute(self, x: Tensor) -> Tensor:
         return self._convolve(x, self.weight.abs(), None)
 
+    def weight_gradient(self, x: Tensor, y: Tensor) -> Tensor:
+        size = self.weight.shape
+        return torch.nn.grad.conv2d_weight(x, size, y, self.stride, self.padding, self.dilation, self.groups)
+
     def row_norms(self) -> Tensor:
         # At the border the padding cuts the row, so one kernel's norm is an upper bound there.
         return self.weight.flatten(1).norm(dim=1)[:, None, None]  # (C_out, 1, 1)
@@ -185,9 +196,10 @@ class Conv(LinearOperator):
 class PowerIteration:
     """Spectral norms by power iteration: estimates that approach the true norm from below.
 
-    Iterations run without a graph; only the last product v . (W u) is differentiated, which at convergence is the
-    gradient of the norm itself. Singular vectors are kept between calls and warm-start the next one. A vector lives
-    on the input or on the output side of its operator, whichever it was given on; fresh ones on the smaller side.
+    Iterations run without a graph; the gradient is that of v . (W u) with the last vectors held fixed, which at
+    convergence is the gradient of the norm itself. Singular vectors are kept between calls and warm-start the next one.
+    A vector lives on the input or on the output side of its operator, whichever it was given on; fresh ones on the
+    smaller side.
 
     Args:
         iterations: products with W and with its transpose, each this many times per call.
@@ -195,6 +207,8 @@ class PowerIteration:
             whenever the images change, or set to {} for fresh ones.
         global_vectors: start vectors of the whole norms by position: (1, *shape).
         seed: of the random start vectors where none are given.
+        skip_idle_masks: images whose masks eliminate nothing get the whole norm, which is theirs, without iterations.
+            How much work there is then depends on the data, so that a CUDA device has to be waited for.
     """
 
     local_ball = False
@@ -206,10 +220,12 @@ class PowerIteration:
         local_vectors: Mapping[int | str, Tensor] | None = None,
         global_vectors: Mapping[int | str, Tensor] | None = None,
         seed: int = 0,
+        skip_idle_masks: bool = False,
     ):
         if iterations < 1:
             raise ValueError(f"power iteration needs at least one iteration, got {iterations}")
         self.iterations = iterations
+        self.skip_idle_masks = skip_idle_masks
         self.local_vectors = dict(local_vectors or {})
         self.global_vectors = dict(global_vectors or {})
         self._whole: dict[int | str, Tensor] = {}
@@ -229,23 +245,31 @@ class PowerIteration:
 
         in_mask: (N, *input_shape), out_mask: (N, *output_shape) booleans; None switches nothing off.
         """
-        start = self.local_vectors.get(operator.position)
-        if in_mask is None and out_mask is None:
-            if start is None:
-                return self._whole[operator.position]
-            count = len(start)
-        else:
-            count = len(out_mask if in_mask is None else in_mask)
+        position = operator.position
+        start = self.local_vectors.get(position)
+        mask = out_mask if in_mask is None else in_mask
+        if mask is None and (start is None or self.skip_idle_masks):
+            return self._whole[position]
+        count = len(start if mask is None else mask)
         if start is None or len(start) != count:
             start = self._fresh(count, operator)
-        norm, self.local_vectors[operator.position] = self._iterate(operator, start, in_mask, out_mask)
-        return norm
+        images = _eliminating(in_mask, out_mask).nonzero().squeeze(1) if self.skip_idle_masks else range(count)
+        if len(images) == count:
+            norm, self.local_vectors[position] = self._iterate(operator, start, in_mask, out_mask)
+            return norm
+        whole, self.local_vectors[position] = self._whole[position].expand(count), start
+        if not len(images):
+            return whole
+        in_mask, out_mask = (None if mask is None else mask[images] for mask in (in_mask, out_mask))
+        norm, vectors = self._iterate(operator, start[images], in_mask, out_mask)
+        self.local_vectors[position] = start.index_copy(0, images, vectors)
+        return whole.index_copy(0, images, norm)
 
     def _random(self, count: int, operator: LinearOperator) -> Tensor:
         shape = min(operator.input_shape, operator.output_shape, key=torch.Size.numel)
         weight = operator.weight
         start = torch.randn(count, *shape, generator=self._generator, dtype=weight.dtype).to(weight.device)
-        return _unit(start)
+        return _unit(start)[0]
 
     def _fresh(self, count: int, operator: LinearOperator) -> Tensor:
         # A mask that eliminates little moves the leading vector little; the random part reaches what is left
@@ -254,8 +278,7 @@ class PowerIteration:
         known = self.global_vectors.get(operator.position)
         if known is None or known.shape[1:] != start.shape[1:]:
             return start
-        mixed = known + 0.1 * start
-        return _unit(mixed)
+        return _unit(known + 0.1 * start)[0]
 
     def _iterate(
         self, operator: LinearOperator, start: Tensor, in_mask: Tensor | None, out_mask: Tensor | None
@@ -270,21 +293,54 @@ class PowerIteration:
         def backward(v: Tensor) -> Tensor:
             return _switch_off(operator.adjoint(v), columns)
 
-        on_input_side = start.shape[1:] == operator.input_shape
         with torch.no_grad():
-            if on_input_side:
+            if start.shape[1:] == operator.input_shape:
                 u = _begin(start, columns)
-                rounds = self.iterations
+                for _ in range(self.iterations):
+                    v = forward(u)
+                    u, length = _unit(backward(v))
+                v, length_before = _unit(v)
+                norm = torch.where(length_before > 0, length / length_before, 0)
+                kept = _kept(u, start)
             else:
-                u = _unit(backward(_begin(start, rows)))
-                rounds = self.iterations - 1
-            for _ in range(rounds):
-                v = forward(u)
-                u = _unit(backward(v))
-        image = forward(u)
-        v = _unit(v if on_input_side else image.detach())
-        norm = (v * image).flatten(1).sum(dim=1)  # (N,)
-        return norm, _kept(u if on_input_side else v, start)
+                v = _begin(start, rows)
+                for _ in range(self.iterations):
+                    u, _ = _unit(backward(v))
+                    v = forward(u)
+                v, norm = _unit(v)
+                kept = _kept(v, start)
+        return _SingularValue.apply(operator.weight, operator, u, v, norm), kept
+
+
+class _SingularValue(torch.autograd.Function):
+    """sigma = v . (W u) for every image, known already, as a function of W; u and v are held fixed."""
+
+    @staticmethod
+    def forward(ctx, weight, operator, u, v, sigma):  # noqa: ANN001, ANN205
+        ctx.operator = operator
+        ctx.save_for_backward(u, v)
+        return sigma
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: ANN001, ANN205
+        u, v = ctx.saved_tensors
+        return ctx.operator.weight_gradient(u, v * _per_image(grad, v)), None, None, None, None
+
+
+def _eliminating(in_mask: Tensor | None, out_mask: Tensor | None) -> Tensor:
+    """For which images (N,) a mask switches anything off."""
+    masks = [mask for mask in (in_mask, out_mask) if mask is not None]
+    return ~torch.stack([mask.all(dim=_entries(mask)) for mask in masks]).all(dim=0)
+
+
+def _per_image(values: Tensor, like: Tensor) -> Tensor:
+    """(N,) as (N, 1, ...), with as many dimensions as `like`."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def _entries(x: Tensor) -> tuple[int, ...]:
+    """All dimensions but the images'; to flatten them would copy what is in channels-last order."""
+    return tuple(range(1, x.dim()))
 
 
 def _switch_off(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -296,16 +352,16 @@ def _begin(start: Tensor, mask: Tensor | None) -> Tensor:
     return start if mask is None else _kept(start * mask, mask)
 
 
-def _unit(x: Tensor) -> Tensor:
-    """x / ||x|| for every row, zero where ||x|| is zero. x: (N, ...)."""
-    length = x.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
-    return x * torch.where(length > 0, 1 / length, 0)
+def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x / ||x|| for every image, zero where ||x|| is zero, and the lengths (N,). x: (N, ...)."""
+    length = torch.linalg.vector_norm(x, dim=_entries(x))
+    return x * _per_image(torch.where(length > 0, 1 / length, 0), x), length
 
 
 def _kept(vector: Tensor, start: Tensor) -> Tensor:
     """`vector`, or `start` where it is zero: a norm would stay zero after the layer has come back to life."""
-    alive = vector.flatten(1).any(dim=1).view(-1, *[1] * (vector.dim() - 1))
-    return torch.where(alive, vector, start)
+    dead = torch.linalg.vector_norm(vector, dim=_entries(vector)) == 0
+    return torch.addcmul(vector, start, _per_image(dead.to(start.dtype), start))
 
 
 class StoredVectors:
@@ -329,7 +385,10 @@ class StoredVectors:
         self._vectors = {}
         for position, shape in shapes.items():
             vector = torch.randn(1, *shape, generator=generator) / shape.numel() ** 0.5
-            self._vectors[position] = vector.half().to(self.device).repeat(images, *[1] * len(shape))
+            vectors = vector.half().to(self.device).repeat(images, *[1] * len(shape))
+            # In the order in which training convolves; what is read and written is each image's as a whole anyway.
+            in_memory = torch.channels_last if vectors.dim() == 4 else torch.contiguous_format
+            self._vectors[position] = vectors.contiguous(memory_format=in_memory)
 
     def _fits(self, device: torch.device) -> bool:
         return device.type != "cuda" or self.bytes <= torch.cuda.mem_get_info(device)[0] / 2
