@@ -64,6 +64,7 @@ class Bound:
         last_weight: (K, H) of the last layer.
         last_columns: (N, H) bool, which of its inputs can vary in the ball; None: all.
         logit_rounding: (N, K) by how much rounding can change what `worst_logits` adds up; None: exact arithmetic.
+        sparsity: scalar, by how much boxes reach where activations vary; None unless `propagate` was asked for it.
     """
 
     logits: Tensor
@@ -80,10 +81,16 @@ class Bound:
     last_weight: Tensor
     last_columns: Tensor | None
     logit_rounding: Tensor | None
+    sparsity: Tensor | None = None
 
 
 def propagate(
-    model: nn.Sequential, x: Tensor, epsilon: float | Tensor, norms: Norms, clip: tuple[float, float] | None = None
+    model: nn.Sequential,
+    x: Tensor,
+    epsilon: float | Tensor,
+    norms: Norms,
+    clip: tuple[float, float] | None = None,
+    sparse_threshold: float | None = None,
 ) -> Bound:
     """Walk through the network with ball and box.
 
@@ -94,6 +101,8 @@ def propagate(
         norms: answers `whole` and `masked`, e.g. `spectral_norm.PowerIteration(5)`.
         clip: smallest and largest value of a valid image, if the bound need hold for valid images only. x has to be
             valid itself: the box must hold it.
+        sparse_threshold: asks for `Bound.sparsity`, in which this is the weight of reaching below a threshold of
+            clipped ReLU beside reaching above 0.
 
     Raises:
         TypeError: names the first layer without a rule and its position; no layer is ever skipped.
@@ -108,7 +117,7 @@ def propagate(
     *hidden, (position, last) = _layers(model)
     if type(last) is not nn.Linear:
         raise TypeError(f"the network must end in Linear, not in {_describe(position, last)}")
-    walk = _Walk(x, epsilon, norms, clip)
+    walk = _Walk(x, epsilon, norms, clip, sparse_threshold)
     for position, layer in hidden:
         _rule_for(position, layer)(walk, position, layer)
     return walk.finish(last)
@@ -164,8 +173,17 @@ def _broadcast(per_image: Tensor, like: Tensor) -> Tensor:
 class _Walk:
     """Ball, box and mask on their way through the layers. The rules below move it; it asks `norms` for the norms."""
 
-    def __init__(self, x: Tensor, epsilon: Tensor, norms: Norms, clip: tuple[float, float] | None):
+    def __init__(
+        self,
+        x: Tensor,
+        epsilon: Tensor,
+        norms: Norms,
+        clip: tuple[float, float] | None,
+        sparse_threshold: float | None = None,
+    ):
         self.norms = norms
+        self.sparse_threshold = sparse_threshold
+        self.sparsity = None if sparse_threshold is None else x.new_zeros(())
         self.epsilon = epsilon
         self.center = x
         # Of this computation, which the ball and the box have to allow for, and of the deployed network.
@@ -237,6 +255,12 @@ class _Walk:
         if self._open:
             self._open.rows_follow = False
 
+    def add_sparsity(self, above: Tensor, below: Tensor | None = None, weight: float = 1.0) -> None:
+        """Add how far the box reaches, on average, `above` where an entry starts to vary and `below` where it ends."""
+        self.sparsity = self.sparsity + torch.relu(above).mean()
+        if below is not None:
+            self.sparsity = self.sparsity + weight * torch.relu(below).mean()
+
     def reshape(self, shape: Callable[[Tensor], Tensor]) -> None:
         """Move through a layer that only renames entries, in the same order."""
         self.center, self.lower, self.upper = shape(self.center), shape(self.lower), shape(self.upper)
@@ -266,6 +290,7 @@ class _Walk:
             masks=self.masks,
             last_weight=last.weight,
             last_columns=self.columns,
+            sparsity=self.sparsity,
         )
 
     def _apply_monotone(self, layer: nn.Module) -> None:
@@ -427,12 +452,16 @@ def _flatten(walk: _Walk, position: Position, layer: nn.Flatten) -> None:
 
 @rule(nn.ReLU)
 def _relu(walk: _Walk, position: Position, layer: nn.ReLU) -> None:
+    if walk.sparse_threshold is not None:
+        walk.add_sparsity(walk.upper)
     # In place, the layer would write over the box before it.
     walk.elementwise(position, nn.ReLU() if layer.inplace else layer, ~(walk.upper <= 0))
 
 
 @rule(ReLU_x)
 def _clipped_relu(walk: _Walk, position: Position, layer: ReLU_x) -> None:
+    if walk.sparse_threshold is not None:
+        walk.add_sparsity(walk.upper, layer.threshold - walk.lower, walk.sparse_threshold)
     walk.elementwise(position, layer, ~(walk.upper <= 0) & ~(walk.lower > layer.threshold))
 
 
@@ -443,6 +472,9 @@ def _clipped_maxmin(walk: _Walk, position: Position, layer: ClampGroupSort) -> N
         return torch.cat([~(first >= layer.max), ~(second <= layer.min)], dim=1)
 
     walk.mixing(position, layer, varying)
+    if walk.sparse_threshold is not None:
+        first, second = walk.lower.chunk(2, dim=1)[0], walk.upper.chunk(2, dim=1)[1]
+        walk.add_sparsity(layer.max - first, second - layer.min)
 
 
 # --- worst-case logits and losses ------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -195,6 +195,8 @@ class PowerIteration:
             whenever the images change, or set to {} for fresh ones.
         global_vectors: start vectors of the whole norms by position: (1, *shape).
         seed: of the random start vectors where none are given.
+        local_positions: layers that masks are made use of at; elsewhere the whole norm stands for the masked one, which
+            costs nothing and needs no vectors. None: all.
     """
 
     local_ball = False
@@ -206,10 +208,12 @@ class PowerIteration:
         local_vectors: Mapping[int | str, Tensor] | None = None,
         global_vectors: Mapping[int | str, Tensor] | None = None,
         seed: int = 0,
+        local_positions: Collection[int | str] | None = None,
     ):
         if iterations < 1:
             raise ValueError(f"power iteration needs at least one iteration, got {iterations}")
         self.iterations = iterations
+        self.local_positions = local_positions
         self.local_vectors = dict(local_vectors or {})
         self.global_vectors = dict(global_vectors or {})
         self._whole: dict[int | str, Tensor] = {}
@@ -225,10 +229,12 @@ class PowerIteration:
         return norm[0]
 
     def masked(self, operator: LinearOperator, in_mask: Tensor | None, out_mask: Tensor | None) -> Tensor:
-        """||D_out W D_in|| for every image: (N,). Without masks the norm just computed by `whole`, a scalar.
+        """||D_out W D_in|| for every image: (N,). Without use of masks the norm just computed by `whole`, a scalar.
 
         in_mask: (N, *input_shape), out_mask: (N, *output_shape) booleans; None switches nothing off.
         """
+        if self.local_positions is not None and operator.position not in self.local_positions:
+            return self._whole[operator.position]
         start = self.local_vectors.get(operator.position)
         if in_mask is None and out_mask is None:
             if start is None:

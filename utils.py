@@ -124,10 +124,10 @@ class Normalize(nn.Module):
 
 # --- architectures ---------------------------------------------------------------------------------------------------
 
-INPUT_SHAPES = {"mnist": (1, 28, 28), "digits": (1, 28, 28), "cifar10": (3, 32, 32)}
-CLASSES = {"mnist": 10, "digits": 10, "cifar10": 10}
+INPUT_SHAPES = {"mnist": (1, 28, 28), "digits": (1, 28, 28), "cifar10": (3, 32, 32), "tinyimagenet": (3, 64, 64)}
+CLASSES = {"mnist": 10, "digits": 10, "cifar10": 10, "tinyimagenet": 200}
 # Radius of the published evaluation, in pixel space.
-EPSILON = {"mnist": 1.58, "digits": 1.58, "cifar10": 36 / 255}
+EPSILON = {"mnist": 1.58, "digits": 1.58, "cifar10": 36 / 255, "tinyimagenet": 36 / 255}
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,15 @@ class Architecture:
 _4C3F = Architecture(((32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)), (512, 512))
 _6C2F = Architecture(((32, 3, 1, 1), (32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 3, 1, 1), (64, 4, 2, 1)), (512,))
 _6C2F_THRESHOLDS = ((0.1, -0.1), (0.1, -0.15), (0.15, -0.15), (0.15, -0.15), (0.2, -0.2), (0.3, -0.3), (1.2, -1.2))
+_8C2F = Architecture(
+    (
+        *((64, 3, 1, 1), (64, 3, 1, 1), (64, 4, 2, 0)),
+        *((128, 3, 1, 1), (128, 3, 1, 1), (128, 4, 2, 0)),
+        *((256, 3, 1, 1), (256, 4, 2, 0)),
+    ),
+    (256,),
+)
+_8C2F_THRESHOLDS = tuple((start, -start) for start in (0.8, 1.0, 1.4, 1.4, 1.4, 1.6, 2.0, 3.0, 1.6))
 _MNIST = {"relux": _4C3F, "standrelu": replace(_4C3F, activation="relu")}
 MODELS = {
     "mnist": _MNIST,
@@ -166,20 +175,28 @@ MODELS = {
         "c6f2_clmaxmin": replace(_6C2F, activation="clmaxmin", thresholds=_6C2F_THRESHOLDS),
         "standrelu": replace(_6C2F, activation="relu"),
     },
+    "tinyimagenet": {
+        "tinyimagenet_relux": _8C2F,
+        "tiny_clmaxmin": replace(_8C2F, activation="clmaxmin", thresholds=_8C2F_THRESHOLDS),
+    },
 }
 
 
-def select_model(data: str, model: str, init: float = 1.0, width: float = 1.0) -> nn.Sequential:
+def select_model(
+    data: str, model: str, init: float = 1.0, width: float = 1.0, classes: int | None = None
+) -> nn.Sequential:
     """The network of a published name for a data set, freshly initialised, on the CPU.
 
     Convolution weights are drawn from N(0, 2 / (kh kw c_out)) with zero bias; dense layers keep PyTorch's default.
 
     Args:
-        data: `mnist`, `digits` or `cifar10`.
+        data: `mnist`, `digits`, `cifar10` or `tinyimagenet`.
         model: `relux` (4C3F with clipped ReLU) or `standrelu` (plain ReLU, 4C3F or for CIFAR-10 6C2F); for CIFAR-10
-            also `c6f2_relux` (6C2F with clipped ReLU) and `c6f2_clmaxmin` (6C2F with clipped MaxMin).
+            also `c6f2_relux` (6C2F with clipped ReLU) and `c6f2_clmaxmin` (6C2F with clipped MaxMin); for Tiny ImageNet
+            `tinyimagenet_relux` and `tiny_clmaxmin` (8C2F with either).
         init: start value of the thresholds of clipped ReLU; those of clipped MaxMin are the published ones.
         width: fraction of the published number of channels and hidden units.
+        classes: number of logits; default: the data set's.
 
     Raises:
         InputError: for a name that does not exist or a width that leaves no channels.
@@ -212,7 +229,7 @@ def select_model(data: str, model: str, init: float = 1.0, width: float = 1.0) -
         units = scaled(units)
         layers += [nn.Linear(features, units), architecture.make_activation(number, (units,), init)]
         features = units
-    layers.append(nn.Linear(features, CLASSES[data]))
+    layers.append(nn.Linear(features, classes or CLASSES[data]))
     return nn.Sequential(*layers)
 
 
