@@ -325,12 +325,25 @@ class StoredVectors:
         shapes: shape of one image's vector, by position.
         device: where the vectors are used.
         seed: of the start vectors.
+        host_memory: bytes that they may take in host memory; None: any number.
+
+    Raises:
+        MemoryError: if that is too little.
     """
 
-    def __init__(self, images: int, shapes: Mapping[int | str, torch.Size], device: torch.device, seed: int = 0):
+    def __init__(
+        self,
+        images: int,
+        shapes: Mapping[int | str, torch.Size],
+        device: torch.device,
+        seed: int = 0,
+        host_memory: int | None = None,
+    ):
         self.bytes = 2 * images * sum(shape.numel() for shape in shapes.values())
         self._used_on = device
         self.device = device if self._fits(device) else torch.device("cpu")
+        if self.device.type == "cpu" and host_memory is not None and self.bytes > host_memory:
+            raise MemoryError(f"they take {self.bytes / 1e9:,.1f} GB, and {host_memory / 1e9:,.1f} GB are free")
         generator = torch.Generator().manual_seed(seed)
         self._vectors = {}
         for position, shape in shapes.items():

@@ -2,7 +2,8 @@
 
 The folder `tiny-imagenet-200` holds `train/WNID/images/*.JPEG` and the validation images, either as the archive has
 them (`val/images/*.JPEG`, labels in `val/val_annotations.txt`) or sorted into class folders (`val/WNID/...`). Labels
-are positions in the sorted list of the training set's wnids, for both. A part of the set, with fewer classes, loads too.
+are positions in the sorted list of the training set's wnids, for both. A part of the set, with fewer classes, loads
+too.
 """
 
 from __future__ import annotations

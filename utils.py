@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+
+_SECONDS_FOR_RANK_0 = 5
 
 
 class ScriptError(Exception):
@@ -37,15 +40,30 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except ScriptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
     except torch.OutOfMemoryError:
-        print("error: out of GPU memory; lower --batch_size or --test_batch_size", file=sys.stderr)
-        sys.exit(1)
+        _fail("out of GPU memory; lower --batch_size or --test_batch_size", 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    """End the script with one line, which of several processes says which one it is from."""
+    where = ""
+    if is_launched():
+        where = f"rank {os.environ['RANK']}: "
+        if os.environ["RANK"] != "0":
+            # What fails in all processes alike, such as a wrong flag, is said once: torchrun ends them meanwhile.
+            time.sleep(_SECONDS_FOR_RANK_0)
+    print(f"error: {where}{message}", file=sys.stderr, flush=True)
+    sys.exit(exit_code)
+
+
+def is_launched() -> bool:
+    """Whether this is one of several processes that torchrun has started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1"
 
 
 # --- activations -----------------------------------------------------------------------------------------------------
@@ -257,6 +275,18 @@ def select_device(name: str) -> torch.device:
     return device
 
 
+def available_memory() -> int | None:
+    """Bytes of host memory that can still be had, by the kernel and by the container's limit; None if unknown."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))))
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        found.append(limit - used)
+    return min(found, default=None)
+
+
 # --- hyper-parameters ------------------------------------------------------------------------------------------------
 
 
@@ -274,8 +304,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (--help lists the flags)", file=sys.stderr)
-        sys.exit(2)
+        _fail(f"{message} (--help lists the flags)", 2)
 
 
 def positive_int(text: str) -> int:
@@ -320,6 +349,14 @@ def positive_float(text: str) -> float:
     return value
 
 
+def positions(text: str) -> list[int]:
+    """Positions in a network, separated by commas."""
+    try:
+        return sorted({natural_int(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers with commas between, got '{text}'") from None
+
+
 def add_common_flags(parser: argparse.ArgumentParser, data_sets: Sequence[str]) -> None:
     """The flags that training and evaluation share."""
     models = sorted({model for data in data_sets for model in MODELS[data]})
@@ -355,11 +392,15 @@ def training_arguments(description: str, data_sets: Sequence[str], defaults: Map
     flag("--epsilon_train", type=natural_float, help="L2 radius at the end of the ramp-up")
     flag("--gloro", action="store_true", help="GloRo loss instead of BCP loss")
     flag("--sniter", type=positive_int, help="power iterations per training step")
+    indices = "positions of the layers that train with local norms, e.g. 0,6,12; the others have global ones"
+    flag("--indices", type=positions, help=f"{indices}; default: all are local")
+    flag("--sparse", type=natural_float, default=0.0, help="weight of the sparsity loss")
+    flag("--sp_thres", type=natural_float, default=0.1, help="its weight for thresholds of clipped ReLU, beside 0")
     flag("--test_sniter", type=positive_int, default=20, help="power iterations per validated batch")
     flag("--opt_iter", type=positive_int, default=1, help="rounds of pinning for the worst-case logits")
     flag("--test_opt_iter", type=positive_int, default=1000, help="the same in validation")
     flag("--init", type=natural_float, help="start value of the thresholds of clipped ReLU")
-    flag("--batch_size", type=positive_int, default=256, help="images per step")
+    flag("--batch_size", type=positive_int, default=256, help="images per step and process")
     flag("--lr", type=positive_float, help="learning rate of Adam")
     flag("--end_lr", type=positive_float, help="learning rate of the last epoch")
     flag("--lr_scheduler", choices=["exp", "constant"], default="exp", help="exponential decay to end_lr, or none")
@@ -368,6 +409,10 @@ def training_arguments(description: str, data_sets: Sequence[str], defaults: Map
     flag("--no_augmentation", action="store_true", help="no random crops and flips (digits never have any)")
     val_split = "training images held out to pick the best epoch on; 0: the test set picks, as in the paper"
     flag("--val_split", type=natural_int, default=0, help=val_split)
+    ddp = (
+        "averages the gradients of several processes: PyTorch's DistributedDataParallel (auto, torch) or NVIDIA apex's"
+    )
+    flag("--ddp", choices=["auto", "torch", "apex"], default="auto", help=ddp)
     parser.set_defaults(**defaults)
     args = parser.parse_args()
     if args.resume and args.overwrite:
