@@ -1,7 +1,8 @@
 """Data sets as uint8 tensors that live on the device, and batches of them.
 
-Every set is read whole (MNIST takes 47 MB) and its pixels and labels are checked against a known md5, whether the files
-were downloaded, shipped or copied by hand. Images become floats in [0, 1] one batch at a time.
+MNIST, CIFAR-10 and the digits are read whole (MNIST takes 47 MB) and their pixels and labels are checked against a
+known md5, whether the files were downloaded, shipped or copied by hand; Tiny ImageNet is mapped from a cache (see
+`tiny_imagenet`). Images become floats in [0, 1] one batch at a time.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import tiny_imagenet
 from dependencies import datasets
-from utils import InputError, first_line
+from utils import CLASSES, InputError, first_line
 
 DIGITS_DIR = Path(__file__).resolve().parent / "digits"
 
 # Data sets that the recipes augment; a mirrored or shifted digit is no better a digit.
-AUGMENTED = {"cifar10"}
+AUGMENTED = {"cifar10", "tinyimagenet"}
 
 # md5 of pixels and labels, as uint8 without file headers; pixels as (N, C, H, W).
 _FINGERPRINTS = {
@@ -59,20 +61,38 @@ class ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device))
 
     def batches(
-        self, batch_size: int, generator: torch.Generator | None = None, augment: bool = False
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        augment: bool = False,
+        count: int | None = None,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Batches (x, y, indices): x (B, C, H, W) float32 in [0, 1], y (B,), indices (B,) into this set.
 
         In order without a `generator`; shuffled by it (a CPU generator) otherwise. The last batch may be smaller.
 
-        augment: random crop and flip, drawn from `generator` too.
+        augment: random crop and flip, drawn from `generator` too. count: of the batches; by default as few as need be.
         """
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        for indices in order.to(self.labels.device).split(batch_size):
+        sizes = batch_sizes(len(self), batch_size, count)
+        for indices in order.to(self.labels.device).split(sizes):
             images = self.images[indices]
             if augment:
                 images = crop_and_flip(images, generator)
             yield images.float() / 255, self.labels[indices], indices
+
+
+def batch_sizes(images: int, batch_size: int, count: int | None = None) -> list[int]:
+    """Sizes of `count` batches (by default as few as need be) of so many images: full ones first, none empty.
+
+    Only where `count` is too small do batches exceed `batch_size`: the last one, by what is left.
+    """
+    count = -(-images // batch_size) if count is None else count
+    sizes = []
+    for later in reversed(range(count)):
+        left = images - sum(sizes)
+        sizes.append(min(batch_size, left - later) if later else left)
+    return sizes
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator | None = None, padding: int = 4) -> Tensor:
@@ -95,8 +115,8 @@ def crop_and_flip(images: Tensor, generator: torch.Generator | None = None, padd
 def load_data(data: str, data_dir: str | Path, train: bool) -> ImageSet:
     """A data set by name, on the CPU.
 
-    data: `mnist` or `cifar10` (read, or downloaded, by torchvision below `data_dir`), or `digits` (shipped with the
-        repository).
+    data: `mnist` or `cifar10` (read, or downloaded, by torchvision below `data_dir`), `digits` (shipped with the
+        repository) or `tinyimagenet` (unpacked below `data_dir`; its validation set serves as test set).
 
     Raises:
         InputError: if it is unknown, cannot be had, or is damaged.
@@ -104,11 +124,24 @@ def load_data(data: str, data_dir: str | Path, train: bool) -> ImageSet:
     if data not in _READERS:
         raise InputError(f"unknown data '{data}'; choose from {', '.join(_READERS)}")
     images, labels = _READERS[data](Path(data_dir), train)
+    if data == "tinyimagenet":
+        return ImageSet(torch.from_numpy(images), torch.from_numpy(labels).long())
     found = tuple(hashlib.md5(array.tobytes()).hexdigest() for array in (images, labels))
     if found != _FINGERPRINTS[data, train]:
         folder = DIGITS_DIR if data == "digits" else Path(data_dir)
         raise InputError(f"the {data} files in {folder} are damaged (wrong md5); delete them and fetch them again")
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels).long())
+
+
+def count_classes(data: str, data_dir: str | Path) -> int:
+    """Number of classes of a data set; of Tiny ImageNet, of which parts are in use too, what is there.
+
+    Raises:
+        InputError: if it is unknown or not there.
+    """
+    if data not in CLASSES:
+        raise InputError(f"unknown data '{data}'; choose from {', '.join(CLASSES)}")
+    return len(tiny_imagenet.wnids(Path(data_dir))) if data == "tinyimagenet" else CLASSES[data]
 
 
 def hold_out(images: ImageSet, count: int, seed: int) -> tuple[ImageSet, ImageSet]:
@@ -160,4 +193,9 @@ def _read_cifar10(data_dir: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(cifar.data.transpose(0, 3, 1, 2)), np.array(cifar.targets, dtype=np.uint8)
 
 
-_READERS = {"mnist": _read_mnist, "digits": _read_digits, "cifar10": _read_cifar10}
+_READERS = {
+    "mnist": _read_mnist,
+    "digits": _read_digits,
+    "cifar10": _read_cifar10,
+    "tinyimagenet": tiny_imagenet.load,
+}

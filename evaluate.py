@@ -6,6 +6,7 @@ import argparse
 import copy
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import distributed
 import report
 import utils
-from data_load import ImageSet, load_data
+from data_load import ImageSet, count_classes, load_data
 from dependencies import L2PGDAttack
 from local_bound import STAGES, eliminated, propagate, prove, worst_logits, worst_margin
 from proven_norm import DEPLOYED, ProvenNorms
@@ -29,7 +31,8 @@ PGD_STEPS = 100
 PGD_CURVE_STEPS = 25
 
 
-def arguments() -> argparse.Namespace:
+def arguments(defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
+    """The command line; `defaults` go before those of the flags."""
     parser = utils.ArgumentParser(__doc__)
     add_model_flags(parser)
     flag = parser.add_argument
@@ -44,6 +47,7 @@ def arguments() -> argparse.Namespace:
     flag("--test_opt_iter", type=utils.positive_int, default=1000, help="rounds of pinning of an estimate")
     flag("--out", help="folder for the report: a CSV row per image, summary.json and pictures")
     flag("--overwrite", action="store_true", help="replace a report that --out has already")
+    parser.set_defaults(**(defaults or {}))
     args = parser.parse_args()
     if args.certificate == "estimate" and (args.deployed != "exact" or args.certificate_seed is not None):
         raise InputError("--deployed and --certificate_seed belong to a proven certificate, not to an estimate")
@@ -72,7 +76,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[
     Raises:
         InputError: if one of them is missing, damaged or does not fit.
     """
-    device = utils.select_device(args.device)
+    device = distributed.select_device(args.device)
     path = find_checkpoint(args.saved_model)
     checkpoint = utils.load_checkpoint(path)
     trained = checkpoint.get("arguments")
@@ -80,12 +84,15 @@ def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[
     for name, otherwise in (("data", "mnist"), ("model", "relux"), ("width", 1.0)):
         if getattr(args, name) is None:
             setattr(args, name, trained.get(name, otherwise))
-    model = utils.select_model(args.data, args.model, width=args.width)
+    classes = count_classes(args.data, args.data_dir)
+    model = utils.select_model(args.data, args.model, width=args.width, classes=classes)
     utils.load_weights(model, checkpoint["state_dict"], str(path))
     model.to(device).eval().requires_grad_(False)
     if args.epsilon is None:
         args.epsilon = utils.EPSILON[args.data]
-    return model, load_data(args.data, args.data_dir, train=False).to(device)[: args.images], path, checkpoint
+    with distributed.one_per_machine_first():
+        images = load_data(args.data, args.data_dir, train=False)
+    return model, images.to(device)[: args.images], path, checkpoint
 
 
 class Estimate:
@@ -126,22 +133,26 @@ class Estimate:
 
 
 class Proven:
-    """Upper bounds on all norms, in float64, with rounding allowed for (see `proven_norm`)."""
+    """Upper bounds on all norms, in float64, with rounding allowed for (see `proven_norm`).
+
+    images: how many this process will ask about. Every process has an equal share of the failure probability, and
+    random vectors of its own.
+    """
 
     def __init__(self, model: nn.Sequential, args: argparse.Namespace, images: int):
         self.model, self.args, self.clip = copy.deepcopy(model).double(), args, clip_range(args)
         radii = len(CERTIFIED_MULTIPLES) + 1 if args.out else 1
         planned = images * len(self.model) * len(STAGES) * radii
         compares = args.clip or args.deployed != "exact"
-        probability = args.failure_probability / (2 if compares else 1)
-        self.norms = ProvenNorms(probability, planned, seed=args.certificate_seed, deployed=args.deployed)
+        probability = args.failure_probability / (2 if compares else 1) / distributed.processes()
+        seed = None if args.certificate_seed is None else args.certificate_seed + 2 * distributed.rank()
+        self.norms = ProvenNorms(probability, planned, seed=seed, deployed=args.deployed)
         self.decided = [0] * (len(STAGES) + 1)
         # What --clip gains and --deployed costs is measured beside the certificate without them.
         self.plain_norms: ProvenNorms | None = None
         self.plain_certified = 0
         if compares:
-            other_seed = None if args.certificate_seed is None else args.certificate_seed + 1
-            self.plain_norms = ProvenNorms(probability, planned, seed=other_seed)
+            self.plain_norms = ProvenNorms(probability, planned, seed=None if seed is None else seed + 1)
 
     def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """What is known about a batch at epsilon."""
@@ -168,16 +179,18 @@ class Proven:
         return prove(self.model, x.double(), y, epsilon, self.norms, self.clip).margin > 0
 
     def describe(self) -> dict[str, Any]:
-        """For the summary."""
+        """For the summary, of all processes together; `seed` lists theirs if there are several."""
+        seeds = distributed.gather(self.norms.seed)
+        plain_certified = sum(distributed.gather(self.plain_certified))
         return {
             "kind": "proven",
             "failure_probability": self.args.failure_probability,
-            "seed": self.norms.seed,
+            "seed": seeds[0] if len(seeds) == 1 else seeds,
             "deployed": self.args.deployed,
             "clip": self.args.clip,
             "lanczos_steps": list(STAGES),
-            "decided": self.decided,
-            "certified_plain": None if self.plain_norms is None else self.plain_certified,
+            "decided": [sum(counts) for counts in zip(*distributed.gather(self.decided))],
+            "certified_plain": None if self.plain_norms is None else plain_certified,
         }
 
     def progress(self) -> dict[str, int]:
@@ -193,14 +206,20 @@ def clip_range(args: argparse.Namespace) -> tuple[float, float] | None:
 def evaluate(
     model: nn.Sequential, images: ImageSet, args: argparse.Namespace, certificate: Estimate | Proven
 ) -> Outcome:
-    """Evaluate a model in eval mode on all images, as `args` say; both on one device."""
-    parts = []
-    with tqdm(total=len(images), unit="image", disable=None, dynamic_ncols=True) as bar:
-        for x, y, _ in images.batches(args.test_batch_size):
+    """Evaluate a model in eval mode on all images, as `args` say; both on one device.
+
+    Several processes share the images out among them, and each returns the outcome of all.
+    """
+    own, parts = distributed.shard(images), []
+    quiet = None if distributed.is_main() else True
+    with tqdm(total=len(own), unit="image", disable=quiet, dynamic_ncols=True) as bar:
+        for x, y, _ in own.batches(args.test_batch_size):
             parts.append(evaluate_batch(model, x, y, args, certificate))
             bar.update(len(x))
             bar.set_postfix(certificate.progress())
-    return Outcome.concatenate(parts)
+    # The parts of the processes one after the other, then every image in its place.
+    outcome = Outcome.concatenate([part for of_process in distributed.gather(parts) for part in of_process])
+    return outcome.take(np.argsort(np.concatenate(distributed.places(len(images)))))
 
 
 def evaluate_batch(
@@ -267,24 +286,40 @@ def find_checkpoint(saved_model: str) -> Path:
     raise InputError(f"no checkpoint: neither {saved_model} nor {saved_model}_best.pth is a file")
 
 
-def main() -> None:
-    args = arguments()
+def main(defaults: Mapping[str, Any] | None = None) -> None:
+    args = arguments(defaults)
+    with distributed.process_group(args.device):
+        found = _evaluate_checkpoint(args)
+    if found is not None:
+        _complain_of_broken_certificates(found, args)
+
+
+def _evaluate_checkpoint(args: argparse.Namespace) -> Outcome | None:
+    """Evaluate, print and write the report; returns the outcome in the process that does so."""
     model, images, path, checkpoint = load(args)
-    if args.out:
+    if args.out and distributed.is_main():
         utils.check_writable(Path(args.out))
         if (Path(args.out) / "summary.json").exists() and not args.overwrite:
             raise InputError(f"{args.out} has a report already; choose another --out, or --overwrite")
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed + distributed.rank())
     started = time.perf_counter()
-    certificate = Proven(model, args, len(images)) if args.certificate == "proven" else Estimate(model, args)
+    own = len(distributed.shard(images))
+    certificate = Proven(model, args, own) if args.certificate == "proven" else Estimate(model, args)
     outcome = evaluate(model, images, args, certificate)
+    certified_by = certificate.describe()
+    if not distributed.is_main():
+        return None
     seconds = time.perf_counter() - started
-    summary = report.summarize(outcome, args, path, checkpoint.get("arguments"), certificate.describe(), seconds)
+    summary = report.summarize(outcome, args, path, checkpoint.get("arguments"), certified_by, seconds)
     print(report.as_text(summary))
     if args.out:
         for written in report.write(Path(args.out), outcome, summary):
             print(written)
+    return outcome
+
+
+def _complain_of_broken_certificates(outcome: Outcome, args: argparse.Namespace) -> None:
     broken = np.flatnonzero(outcome.certified & ~outcome.pgd)
     if len(broken):
         print(

@@ -41,8 +41,24 @@ class Clip:
         """Which outputs (N, ...) are the same for all inputs in a box; a NaN makes an output vary."""
         if not self.pairs:
             return (upper <= self.low) | (lower >= self.high)
-        larger, smaller = torch.maximum(*lower.chunk(2, dim=1)), torch.minimum(*upper.chunk(2, dim=1))
+        larger, smaller = _pair_ends(lower, upper)
         return torch.cat([larger >= self.high, smaller <= self.low], dim=1)
+
+    def slack(self, lower: Tensor, upper: Tensor, weight: float) -> Tensor:
+        """How far a box reaches into where outputs vary, on average: a scalar that training can drive down.
+
+        weight: of reaching below `high` beside reaching above `low`, where there are no pairs.
+        """
+        if self.pairs:
+            larger, smaller = _pair_ends(lower, upper)
+            return torch.relu(self.high - larger).mean() + torch.relu(smaller - self.low).mean()
+        above = torch.relu(upper - self.low).mean()
+        return above + weight * torch.relu(self.high - lower).mean() if isinstance(self.high, Tensor) else above
+
+
+def _pair_ends(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower end of the larger and the upper end of the smaller of each pair; (N, C / 2, ...)."""
+    return torch.maximum(*lower.chunk(2, dim=1)), torch.minimum(*upper.chunk(2, dim=1))
 
 
 def through_activation(stack: Tensor, half: Tensor, reach: Tensor, clip: Clip) -> tuple[Tensor, Tensor, Tensor]:

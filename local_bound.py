@@ -66,6 +66,7 @@ class Bound:
         last_weight: (K, H) of the last layer.
         last_columns: (N, H) bool, which of its inputs can vary in the ball; None: all.
         logit_rounding: (N, K) by how much rounding can change what `worst_logits` adds up; None: exact arithmetic.
+        sparsity: scalar, by how much boxes reach where activations vary; None unless `propagate` was asked for it.
     """
 
     logits: Tensor
@@ -82,6 +83,7 @@ class Bound:
     last_weight: Tensor
     last_columns: Tensor | None
     logit_rounding: Tensor | None
+    sparsity: Tensor | None = None
 
 
 def propagate(
@@ -90,6 +92,7 @@ def propagate(
     epsilon: float | Tensor,
     norms: Norms,
     clip: tuple[float, float] | None = None,
+    sparse_threshold: float | None = None,
     fused: bool = True,
 ) -> Bound:
     """Walk through the network with ball and box.
@@ -101,6 +104,8 @@ def propagate(
         norms: answers `whole` and `masked`, e.g. `spectral_norm.PowerIteration(5)`.
         clip: smallest and largest value of a valid image, if the bound need hold for valid images only. x has to be
             valid itself: the box must hold it.
+        sparse_threshold: asks for `Bound.sparsity`, in which this is the weight of reaching below a threshold of
+            clipped ReLU beside reaching above 0.
         fused: take a linear layer's box through its activation in one step (`fused_activation`) where nothing is
             rounded, or operation by operation, which is slower and gives the same but for rounding.
 
@@ -117,7 +122,7 @@ def propagate(
     *hidden, (position, last) = _layers(model)
     if type(last) is not nn.Linear:
         raise TypeError(f"the network must end in Linear, not in {_describe(position, last)}")
-    walk = _Walk(x, epsilon, norms, clip, fused)
+    walk = _Walk(x, epsilon, norms, clip, sparse_threshold, fused)
     for position, layer in hidden:
         _rule_for(position, layer)(walk, position, layer)
     return walk.finish(last)
@@ -243,8 +248,18 @@ class _UncutRegion(_Region):
 class _Walk:
     """Ball, box and mask on their way through the layers. The rules below move it; it asks `norms` for the norms."""
 
-    def __init__(self, x: Tensor, epsilon: Tensor, norms: Norms, clip: tuple[float, float] | None, fused: bool):
+    def __init__(
+        self,
+        x: Tensor,
+        epsilon: Tensor,
+        norms: Norms,
+        clip: tuple[float, float] | None,
+        sparse_threshold: float | None,
+        fused: bool,
+    ):
         self.norms = norms
+        self.sparse_threshold = sparse_threshold
+        self.sparsity = None if sparse_threshold is None else x.new_zeros(())
         self.epsilon = epsilon
         # Of this computation, which the ball and the box have to allow for, and of the deployed network.
         self.rounding, self.deployed = (Rounding(u, epsilon) if u else ExactArithmetic() for u in norms.roundoffs)
@@ -327,6 +342,8 @@ class _Walk:
     def clipping(self, position: Position, layer: nn.Module, clip: Clip) -> None:
         """Move through a layer that does what `clip` says. With pairs, only columns of the next linear layer go."""
         before = self.region
+        if self.sparsity is not None:
+            self.sparsity = self.sparsity + clip.slack(before.lower, before.upper, self.sparse_threshold)
         if self._fused and isinstance(before, _UncutRegion):
             stack, half, varying = through_activation(before.uncut_stack, before.uncut_half, before.reach, clip)
             self.region = _CenteredRegion(stack, half)
@@ -374,6 +391,7 @@ class _Walk:
             masks=self.masks,
             last_weight=last.weight,
             last_columns=self.columns,
+            sparsity=self.sparsity,
         )
 
     def _close(self) -> None:

@@ -35,6 +35,11 @@ Usage: bash run_job.sh JOB [ARGUMENTS ...]
   cifar10-6c2f-gloro    evaluate-cifar10-6c2f-gloro    CIFAR-10, 6C2F, GloRo loss, 800 epochs
   cifar10-6c2f-maxmin   evaluate-cifar10-6c2f-maxmin   CIFAR-10, 6C2F with clipped MaxMin, BCP loss, 800 epochs
 
+  tinyimagenet-data     fetch Tiny ImageNet (237 MB), or unpack the archive that is named
+  tinyimagenet-8c2f  evaluate-tinyimagenet-8c2f                Tiny ImageNet, 8C2F, BCP loss, 250 epochs
+  tinyimagenet-8c2f-maxmin  evaluate-tinyimagenet-8c2f-maxmin  the same with clipped MaxMin
+
+Tiny ImageNet runs in 4 processes, one per GPU: `PROCESSES=2 bash run_job.sh ...` makes that 2.
 Extra arguments go to the script behind the job: `bash run_job.sh mnist-4c3f --scale 0.05 --device cpu`.
 END
 }
@@ -43,12 +48,20 @@ need_prefix() { [ $# -gt 0 ] || { echo "error: '$job' needs the prefix of a chec
 
 train() { "$PYTHON" "train_$1.py" "${@:2}"; }
 
+launch() { "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="${PROCESSES:-4}" "$@"; }
+
+train_tinyimagenet() {
+    launch TinyImagenet/train_tinyimagenet.py --warmup 0 --batch_size 32 --rampup 125 --epochs 250 --sparse 0.01 \
+        --indices 0,6,12,14,17 --data tinyimagenet --test_batch_size 32 --epsilon_train 0.16 --lr_scheduler exp "$@"
+}
+
 # evaluate JOB DATA MODEL PREFIX [ARGUMENTS ...]; each certificate has a report of its own
 evaluate() {
-    local epsilon=0.141 certificate=proven
+    local epsilon=0.141 certificate=proven batch=256 start=("$PYTHON" evaluate.py)
+    if [ "$2" = tinyimagenet ]; then batch=32 start=(launch TinyImagenet/evaluate_tinyimagenet.py); fi
     if [ "$2" = mnist ]; then epsilon=1.58; fi
     if [[ " ${*:5} " == *" --certificate"[\ =]"estimate "* ]]; then certificate=estimate; fi
-    "$PYTHON" evaluate.py --data "$2" --model "$3" --epsilon "$epsilon" --test_batch_size 256 --test_sniter 2000 \
+    "${start[@]}" --data "$2" --model "$3" --epsilon "$epsilon" --test_batch_size "$batch" --test_sniter 2000 \
         --saved_model "pretrained/$4" --out "results/$1/$certificate" "${@:5}"
 }
 
@@ -81,6 +94,11 @@ case $job in
         --prefix relu/cifar_6C2F_gloro "$@" ;;
     cifar10-6c2f-maxmin) set_up; train cifar10 --model c6f2_clmaxmin --sniter 2 --end_lr 1e-6 \
         --prefix maxmin/cifar_6C2F_maxmin "$@" ;;
+    tinyimagenet-data) bash TinyImagenet/data/tinyimagenet.sh "$@" ;;
+    tinyimagenet-8c2f) set_up; train_tinyimagenet --model tinyimagenet_relux --sniter 1 --init 1.0 --lr 2.5e-4 \
+        --prefix relu/tiny_8C2F "$@" ;;
+    tinyimagenet-8c2f-maxmin) set_up; train_tinyimagenet --model tiny_clmaxmin --sniter 3 --lr 1e-4 \
+        --prefix maxmin/tiny_8C2F_maxmin "$@" ;;
 
     evaluate-mnist-4c3f) set_up; evaluate mnist-4c3f mnist relux relu/mnist_4C3F "$@" ;;
     evaluate-cifar10-4c3f) set_up; evaluate cifar10-4c3f cifar10 relux relu/cifar_4C3F "$@" ;;
@@ -88,6 +106,10 @@ case $job in
     evaluate-cifar10-6c2f-gloro) set_up; evaluate cifar10-6c2f-gloro cifar10 c6f2_relux relu/cifar_6C2F_gloro "$@" ;;
     evaluate-cifar10-6c2f-maxmin) set_up; evaluate cifar10-6c2f-maxmin cifar10 c6f2_clmaxmin \
         maxmin/cifar_6C2F_maxmin "$@" ;;
+    evaluate-tinyimagenet-8c2f) set_up; evaluate tinyimagenet-8c2f tinyimagenet tinyimagenet_relux \
+        relu/tiny_8C2F "$@" ;;
+    evaluate-tinyimagenet-8c2f-maxmin) set_up; evaluate tinyimagenet-8c2f-maxmin tinyimagenet tiny_clmaxmin \
+        maxmin/tiny_8C2F_maxmin "$@" ;;
 
     help | -h | --help) jobs ;;
     *) echo "error: unknown job '$job'; 'bash run_job.sh' lists them" >&2; exit 2 ;;

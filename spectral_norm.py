@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -207,6 +207,8 @@ class PowerIteration:
             whenever the images change, or set to {} for fresh ones.
         global_vectors: start vectors of the whole norms by position: (1, *shape).
         seed: of the random start vectors where none are given.
+        local_positions: layers that masks are made use of at; elsewhere the whole norm stands for the masked one, which
+            costs nothing and needs no vectors. None: all.
         skip_idle_masks: images whose masks eliminate nothing get the whole norm, which is theirs, without iterations.
             How much work there is then depends on the data, so that a CUDA device has to be waited for.
     """
@@ -220,11 +222,13 @@ class PowerIteration:
         local_vectors: Mapping[int | str, Tensor] | None = None,
         global_vectors: Mapping[int | str, Tensor] | None = None,
         seed: int = 0,
+        local_positions: Collection[int | str] | None = None,
         skip_idle_masks: bool = False,
     ):
         if iterations < 1:
             raise ValueError(f"power iteration needs at least one iteration, got {iterations}")
         self.iterations = iterations
+        self.local_positions = local_positions
         self.skip_idle_masks = skip_idle_masks
         self.local_vectors = dict(local_vectors or {})
         self.global_vectors = dict(global_vectors or {})
@@ -241,11 +245,13 @@ class PowerIteration:
         return norm[0]
 
     def masked(self, operator: LinearOperator, in_mask: Tensor | None, out_mask: Tensor | None) -> Tensor:
-        """||D_out W D_in|| for every image: (N,). Without masks the norm just computed by `whole`, a scalar.
+        """||D_out W D_in|| for every image: (N,). Without use of masks the norm just computed by `whole`, a scalar.
 
         in_mask: (N, *input_shape), out_mask: (N, *output_shape) booleans; None switches nothing off.
         """
         position = operator.position
+        if self.local_positions is not None and position not in self.local_positions:
+            return self._whole[position]
         start = self.local_vectors.get(position)
         mask = out_mask if in_mask is None else in_mask
         if mask is None and (start is None or self.skip_idle_masks):
@@ -375,12 +381,25 @@ class StoredVectors:
         shapes: shape of one image's vector, by position.
         device: where the vectors are used.
         seed: of the start vectors.
+        host_memory: bytes that they may take in host memory; None: any number.
+
+    Raises:
+        MemoryError: if that is too little.
     """
 
-    def __init__(self, images: int, shapes: Mapping[int | str, torch.Size], device: torch.device, seed: int = 0):
+    def __init__(
+        self,
+        images: int,
+        shapes: Mapping[int | str, torch.Size],
+        device: torch.device,
+        seed: int = 0,
+        host_memory: int | None = None,
+    ):
         self.bytes = 2 * images * sum(shape.numel() for shape in shapes.values())
         self._used_on = device
         self.device = device if self._fits(device) else torch.device("cpu")
+        if self.device.type == "cpu" and host_memory is not None and self.bytes > host_memory:
+            raise MemoryError(f"they take {self.bytes / 1e9:,.1f} GB, and {host_memory / 1e9:,.1f} GB are free")
         generator = torch.Generator().manual_seed(seed)
         self._vectors = {}
         for position, shape in shapes.items():

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import distributed
 import utils
-from data_load import AUGMENTED, ImageSet, hold_out, load_data
+from data_load import AUGMENTED, ImageSet, batch_sizes, count_classes, hold_out, load_data
 from fused_activation import compile_activations
-from local_bound import bcp_loss, gloro_loss, propagate, worst_logits, worst_margin
+from local_bound import Norms, bcp_loss, gloro_loss, propagate, worst_logits, worst_margin
 from spectral_norm import PowerIteration, StoredVectors
 from utils import InputError, ScriptError, first_line
 
@@ -90,25 +91,75 @@ class Tally:
         self.images += len(y)
         self._sums += torch.stack([loss.detach() * len(y), clean_errors, certified_errors])
 
+    def of_all_processes(self) -> Tally:
+        """The sums over the images of all processes."""
+        result = Tally(self._sums.device)
+        result.images = sum(distributed.gather(self.images))
+        result._sums = distributed.total(self._sums)
+        return result
+
     def means(self) -> tuple[float, float, float]:
         """Mean loss, clean error and certified error, the errors as fractions."""
         loss, clean, certified = (self._sums / max(self.images, 1)).tolist()
         return loss, clean, certified
 
 
+class RobustLoss(nn.Module):
+    """Clean pass, bound and loss as one forward pass, so that gradients can be averaged over processes.
+
+    Args:
+        model: as for `propagate`.
+        norms: where the bound's norms come from.
+        rounds: of pinning for the worst-case logits.
+        gloro: GloRo loss instead of BCP loss.
+        sparse: weight of the sparsity term, added to either.
+        sparse_threshold: see `propagate`; without effect where `sparse` is 0.
+    """
+
+    def __init__(
+        self,
+        model: nn.Sequential,
+        norms: Norms,
+        rounds: int = 1,
+        gloro: bool = False,
+        sparse: float = 0.0,
+        sparse_threshold: float = 0.1,
+    ):
+        super().__init__()
+        self.model, self.norms, self.rounds, self.gloro, self.sparse = model, norms, rounds, gloro, sparse
+        self.sparse_threshold = sparse_threshold if sparse else None
+
+    def forward(self, x: Tensor, y: Tensor, epsilon: float, kappa: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean loss over the batch, logits (N, K) and worst-case logits (N, K). x: (N, C, H, W), y: (N,).
+
+        kappa: weight of the clean loss in the BCP loss.
+        """
+        bound = propagate(self.model, x, epsilon, self.norms, sparse_threshold=self.sparse_threshold)
+        worst = worst_logits(bound, y, self.rounds)
+        clean = bound.logits
+        loss = gloro_loss(clean, worst, y) if self.gloro else bcp_loss(clean, worst, y, kappa)
+        if bound.sparsity is not None:
+            loss = loss + self.sparse * bound.sparsity
+        return loss, clean, worst
+
+
 def run(args: argparse.Namespace) -> None:
-    """What a training script does with its arguments: data, network, then `train`."""
-    device = utils.select_device(args.device)
-    torch.manual_seed(args.seed)
-    model = utils.select_model(args.data, args.model, args.init, args.width)
-    # On a CPU a 3x3 convolution of 32 channels takes half the time in this order.
-    model = model.to(device, memory_format=torch.channels_last)
-    training_set = load_data(args.data, args.data_dir, train=True)
-    if args.val_split:
-        training_set, validation_set = hold_out(training_set, args.val_split, args.seed)
-    else:
-        validation_set = load_data(args.data, args.data_dir, train=False)
-    train(model, training_set.to(device), validation_set.to(device), args)
+    """What a training script does with its arguments: data, network, then `train`, in one process or several."""
+    with distributed.process_group(args.device):
+        device = distributed.select_device(args.device)
+        torch.manual_seed(args.seed)
+        classes = count_classes(args.data, args.data_dir)
+        model = utils.select_model(args.data, args.model, args.init, args.width, classes)
+        # On a CPU a 3x3 convolution of 32 channels takes half the time in this order.
+        model = model.to(device, memory_format=torch.channels_last)
+        with distributed.one_per_machine_first():
+            training_set = load_data(args.data, args.data_dir, train=True)
+            if args.val_split:
+                training_set, validation_set = hold_out(training_set, args.val_split, args.seed)
+            else:
+                validation_set = load_data(args.data, args.data_dir, train=False)
+        parts = (distributed.shard(images).to(device) for images in (training_set, validation_set))
+        train(model, *parts, args)
 
 
 def train(
@@ -124,9 +175,11 @@ def train(
         PREFIX_epochs.csv      one row per epoch
 
     model and both sets have to be on one device. Errors count an image as certified by the power-iteration estimate.
+    Of several processes, each is given the same model and its own part of the sets, and the first writes the files.
 
     Raises:
-        InputError: if the prefix has a run already, or --resume finds none that fits.
+        InputError: if the prefix has a run already, --resume finds none that fits, a layer that --indices names does
+            not exist, or memory does not suffice for the singular vectors.
         TrainingDiverged: at a loss that is not finite; the checkpoints stay as they are.
     """
     _Run(model, training_set, validation_set, args).train()
@@ -140,59 +193,69 @@ class _Run:
         self.device = training_set.labels.device
         self.schedule = Schedule.from_arguments(args)
         self.files = RunFiles(Path(args.output_dir), args.prefix)
+        if distributed.is_main():
+            utils.check_writable(self.files.best.parent)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-        self.shuffle = torch.Generator().manual_seed(args.seed)
-        # On a GPU the iterations that this saves are cheaper than finding out which.
-        self.norms = PowerIteration(args.sniter, seed=args.seed, skip_idle_masks=self.device.type == "cpu")
+        self.shuffle = torch.Generator().manual_seed(args.seed + distributed.rank())
+        _refuse_unknown_positions(args.indices, model)
+        # On a GPU the iterations that skipping saves are cheaper than finding out which.
+        skip = self.device.type == "cpu"
+        self.norms = PowerIteration(args.sniter, seed=args.seed, local_positions=args.indices, skip_idle_masks=skip)
         self.epoch = 0
         self.best_error = math.inf
         self.rows: list[dict[str, Any]] = []
-        self.batches = math.ceil(len(training_set) / args.batch_size)
+        self.images = distributed.gather(len(training_set))
+        self.batches = count_batches(self.images, args.batch_size)
+        self.weights = loss_weights(self.images, args.batch_size, self.batches)[distributed.rank()]
         if args.resume:
             self._resume()
-        else:
+        elif distributed.is_main():
             self.files.refuse_existing(args.overwrite)
+        loss = RobustLoss(model, self.norms, args.opt_iter, args.gloro, args.sparse, args.sp_thres)
+        self.robust_loss = distributed.wrap(loss, args.ddp)
         self.stored = self._prepare()
 
     def train(self) -> None:
         first, args = self.epoch, self.args
         held_out = f"held out for validation (--val_split {args.val_split})"
         published = "test images that pick the best epoch (--val_split 0, the paper's protocol)"
-        tqdm.write(
-            f"{len(self.training_set)} training images, {len(self.validation_set)} "
-            f"{held_out if args.val_split else published}"
+        validated = sum(distributed.gather(len(self.validation_set)))
+        processes = distributed.processes()
+        each = "" if processes == 1 else f", in each of {processes} processes"
+        distributed.say(f"{sum(self.images)} training images, {validated} {held_out if args.val_split else published}")
+        distributed.say(
+            f"singular vectors: {self.stored.bytes / 1e6:,.1f} MB in half precision on {self.stored.device}{each}"
         )
-        tqdm.write(f"singular vectors: {self.stored.bytes / 1e6:,.1f} MB in half precision on {self.stored.device}")
-        total = args.epochs * self.batches
-        with tqdm(total=total, initial=first * self.batches, unit="batch", disable=None, dynamic_ncols=True) as bar:
+        total, quiet = args.epochs * self.batches, None if distributed.is_main() else True
+        with tqdm(total=total, initial=first * self.batches, unit="batch", disable=quiet, dynamic_ncols=True) as bar:
             for epoch in range(first, args.epochs):
                 started = time.perf_counter()
                 self.norms.iterations = max(args.sniter, RESUME_ITERATIONS) if 0 < epoch == first else args.sniter
                 row = self._train_epoch(epoch, bar) | self._validate()
                 row["seconds"] = round(time.perf_counter() - started, 2)
                 self._finish_epoch(epoch, row)
-        tqdm.write(f"best certified error {self.best_error:.2%}: {self.files.best}")
+        distributed.say(f"best certified error {self.best_error:.2%}: {self.files.best}")
 
     def _train_epoch(self, epoch: int, bar: tqdm) -> dict[str, Any]:
         bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}")
-        self.model.train()
+        self.robust_loss.train()
         lr = self.schedule.lr_at(epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         tally = Tally(self.device)
         non_finite = torch.full((), self.batches, device=self.device)  # first batch whose loss is not finite
         augment = self.args.data in AUGMENTED and not self.args.no_augmentation
-        batches = self.training_set.batches(self.args.batch_size, self.shuffle, augment)
+        batches = self.training_set.batches(self.args.batch_size, self.shuffle, augment, self.batches)
         for batch, (x, y, indices) in enumerate(batches):
             moment = epoch + batch / self.batches
-            loss = self._step(x, y, indices, moment, tally)
+            loss = self._step(x, y, indices, moment, tally, self.weights[batch])
             non_finite = torch.where(loss.isfinite(), non_finite, non_finite.clamp(max=batch))
             bar.update()
             if batch % BATCHES_PER_LOOK == 0 or batch == self.batches - 1:
-                self._refuse_non_finite(epoch, int(non_finite))
+                self._refuse_non_finite(epoch, int(distributed.smallest(non_finite)))
                 mean, clean, certified = tally.means()
                 bar.set_postfix(loss=f"{mean:.3f}", clean=f"{clean:.2%}", certified=f"{certified:.2%}")
-        mean, clean, certified = tally.means()
+        mean, clean, certified = tally.of_all_processes().means()
         return {
             "epoch": epoch + 1,
             "epsilon": round(self.schedule.epsilon_at(epoch + 1), 6),
@@ -203,23 +266,17 @@ class _Run:
             "certified_error": certified,
         }
 
-    def _step(self, x: Tensor, y: Tensor, indices: Tensor, moment: float, tally: Tally) -> Tensor:
-        args = self.args
+    def _step(self, x: Tensor, y: Tensor, indices: Tensor, moment: float, tally: Tally, weight: float = 1.0) -> Tensor:
         self.norms.local_vectors = self.stored.read(indices)
-        bound = propagate(self.model, x, self.schedule.epsilon_at(moment), self.norms)
-        worst = worst_logits(bound, y, args.opt_iter)
-        if args.gloro:
-            loss = gloro_loss(bound.logits, worst, y)
-        else:
-            loss = bcp_loss(bound.logits, worst, y, self.schedule.kappa_at(moment))
+        loss, logits, worst = self.robust_loss(x, y, self.schedule.epsilon_at(moment), self.schedule.kappa_at(moment))
         self.optimizer.zero_grad()
-        loss.backward()
+        (weight * loss).backward()
         self.optimizer.step()
         for layer in self.model.modules():
             if isinstance(layer, utils.ReLU_x):
                 layer.project()
         self.stored.write(indices, self.norms.local_vectors)
-        tally.add(loss, bound.logits, worst, y)
+        tally.add(loss, logits, worst, y)
         return loss.detach()
 
     def _refuse_non_finite(self, epoch: int, batch: int) -> None:
@@ -240,7 +297,7 @@ class _Run:
             bound = propagate(self.model, x, self.args.epsilon, norms)
             worst = worst_logits(bound, y, self.args.test_opt_iter)
             tally.add(torch.zeros_like(bound.radius[0]), bound.logits, worst, y)
-        _, clean, certified = tally.means()
+        _, clean, certified = tally.of_all_processes().means()
         return {"validation_clean_error": clean, "validation_certified_error": certified}
 
     def _finish_epoch(self, epoch: int, row: dict[str, Any]) -> None:
@@ -251,33 +308,37 @@ class _Run:
         self.epoch = epoch + 1
         self.rows.append(row)
         error = row["validation_certified_error"]
+        shuffles = torch.stack(distributed.gather(self.shuffle.get_state()))
+        if not distributed.is_main():
+            return
         published = {"state_dict": self.model.state_dict(), "err": error, "epoch": self.epoch}
         is_best = error < self.best_error
         if is_best:
             self.best_error = error
             utils.save_checkpoint(self.files.best, published | {"arguments": vars(self.args)})
-        utils.save_checkpoint(self.files.checkpoint, published | self._resume_state())
+        utils.save_checkpoint(self.files.checkpoint, published | self._resume_state(shuffles))
         utils.write_csv(self.files.log, self.rows)
-        tqdm.write(
+        distributed.say(
             f"epoch {self.epoch}/{self.args.epochs}  epsilon {row['epsilon']:.4f}  lr {row['lr']:.2e}  "
             f"loss {row['loss']:.4f}  error: train clean {row['clean_error']:.2%} certified "
             f"{row['certified_error']:.2%}, validation clean {row['validation_clean_error']:.2%} certified "
             f"{error:.2%}{' (best)' if is_best else ''}  {row['seconds']:.1f} s"
         )
 
-    def _resume_state(self) -> dict[str, Any]:
+    def _resume_state(self, shuffles: Tensor) -> dict[str, Any]:
         return {
             "arguments": vars(self.args),
             "optimizer": self.optimizer.state_dict(),
             "best_error": self.best_error,
             "global_vectors": self.norms.global_vectors,
-            "shuffle": self.shuffle.get_state(),
+            "shuffle": shuffles,  # one row per process
             "rows": self.rows,
         }
 
     def _resume(self) -> None:
-        checkpoint = utils.load_checkpoint(self.files.checkpoint)
-        missing = {"epoch", *self._resume_state()} - checkpoint.keys()
+        # The other processes may be on machines that have no such file.
+        checkpoint = distributed.share(utils.load_checkpoint(self.files.checkpoint) if distributed.is_main() else {})
+        missing = {"epoch", *self._resume_state(self.shuffle.get_state())} - checkpoint.keys()
         if missing:
             raise InputError(f"{self.files.checkpoint} cannot be resumed: it has no {', '.join(sorted(missing))}")
         try:
@@ -285,17 +346,25 @@ class _Run:
             utils.load_weights(self.model, checkpoint["state_dict"], str(self.files.checkpoint))
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.norms.global_vectors = {p: v.to(self.device) for p, v in checkpoint["global_vectors"].items()}
-            self.shuffle.set_state(checkpoint["shuffle"])
+            self.shuffle.set_state(self._own_shuffle(checkpoint["shuffle"]))
             self.epoch, self.best_error = int(checkpoint["epoch"]), float(checkpoint["best_error"])
             self.rows = list(checkpoint["rows"])
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             raise InputError(f"{self.files.checkpoint} cannot be resumed: {error}") from None
-        tqdm.write(f"resuming after epoch {self.epoch} of {self.args.epochs}")
+        distributed.say(f"resuming after epoch {self.epoch} of {self.args.epochs}")
+
+    def _own_shuffle(self, shuffles: Tensor) -> Tensor:
+        shuffles = torch.atleast_2d(shuffles)
+        if len(shuffles) != distributed.processes():
+            raise ValueError(f"it ran in {len(shuffles)} processes, not {distributed.processes()}")
+        return shuffles[distributed.rank()]
 
     def _refuse_other_arguments(self, saved: dict[str, Any]) -> None:
-        may_differ = {"device", "compile", "data_dir", "output_dir", "prefix", "resume", "overwrite", "test_batch_size"}
+        may_differ = {
+            *("device", "ddp", "compile", "data_dir", "output_dir", "prefix", "resume", "overwrite", "test_batch_size")
+        }
         for name, value in vars(self.args).items():
-            if name not in may_differ and saved.get(name) != value:
+            if name not in may_differ and name in saved and saved[name] != value:
                 raise InputError(
                     f"cannot resume {self.files.checkpoint}: it ran with --{name} {saved.get(name)}, not {value}"
                 )
@@ -305,7 +374,7 @@ class _Run:
 
         It also shows how many activations there are, and so whether compilation pays.
         """
-        probe = PowerIteration(1)
+        probe = PowerIteration(1, local_positions=self.args.indices)
         with torch.no_grad():
             image, _, _ = next(self.training_set[:1].batches(1))
             bound = propagate(self.model, image, 0.0, probe)
@@ -314,10 +383,42 @@ class _Run:
         if self.args.compile == "yes" or (self.args.compile == "auto" and pays):
             compile_activations()
         shapes = {position: vector.shape[1:] for position, vector in probe.local_vectors.items()}
+        memory = utils.available_memory()
+        share = None if memory is None else memory // distributed.processes_here()
         try:
-            return StoredVectors(len(self.training_set), shapes, self.device, self.args.seed)
-        except RuntimeError as error:
-            raise InputError(f"no room for the singular vectors of the training set: {first_line(error)}") from None
+            return StoredVectors(len(self.training_set), shapes, self.device, self.args.seed, share)
+        except (RuntimeError, MemoryError) as error:
+            raise InputError(
+                f"no room for the singular vectors of {len(self.training_set)} training images in each process: "
+                f"{first_line(error)}; local norms at fewer layers (--indices) or more machines would help"
+            ) from None
+
+
+def count_batches(images: list[int], batch_size: int) -> int:
+    """Steps of an epoch, the same for all processes, whose numbers of images these are: none goes without an image.
+
+    Raises:
+        InputError: if a process has no image.
+    """
+    if min(images) == 0:
+        raise InputError(f"{len(images)} processes are more than there are training images, {sum(images)}")
+    return min(math.ceil(max(images) / batch_size), min(images))
+
+
+def loss_weights(images: list[int], batch_size: int, batches: int) -> list[list[float]]:
+    """By process and batch: what makes the mean over the processes of their mean losses the mean over the images."""
+    sizes = [batch_sizes(count, batch_size, batches) for count in images]
+    together = [sum(column) for column in zip(*sizes)]
+    return [[len(images) * size / whole for size, whole in zip(row, together)] for row in sizes]
+
+
+def _refuse_unknown_positions(indices: list[int] | None, model: nn.Sequential) -> None:
+    linear = [i for i, layer in enumerate(model[:-1]) if isinstance(layer, nn.Conv2d | nn.Linear)]
+    for position in indices or []:
+        if position not in linear:
+            raise InputError(
+                f"--indices names {position}, but the linear layers with a local norm are {', '.join(map(str, linear))}"
+            )
 
 
 class RunFiles:
@@ -328,7 +429,6 @@ class RunFiles:
         self.best, self.checkpoint, self.log = (
             stem.with_name(stem.name + ending) for ending in ("_best.pth", "_checkpoint.pth", "_epochs.csv")
         )
-        utils.check_writable(stem.parent)
 
     def refuse_existing(self, overwrite: bool) -> None:
         for path in (self.best, self.checkpoint, self.log):

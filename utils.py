@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+
+_SECONDS_FOR_RANK_0 = 5
 
 
 class ScriptError(Exception):
@@ -39,11 +42,9 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except ScriptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
     except torch.OutOfMemoryError:
-        print("error: out of GPU memory; lower --batch_size or --test_batch_size", file=sys.stderr)
-        sys.exit(1)
+        _fail("out of GPU memory; lower --batch_size or --test_batch_size", 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -61,6 +62,23 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    """End the script with one line, which of several processes says which one it is from."""
+    where = ""
+    if is_launched():
+        where = f"rank {os.environ['RANK']}: "
+        if os.environ["RANK"] != "0":
+            # What fails in all processes alike, such as a wrong flag, is said once: torchrun ends them meanwhile.
+            time.sleep(_SECONDS_FOR_RANK_0)
+    print(f"error: {where}{message}", file=sys.stderr, flush=True)
+    sys.exit(exit_code)
+
+
+def is_launched() -> bool:
+    """Whether this is one of several processes that torchrun has started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1"
 
 
 # --- activations -----------------------------------------------------------------------------------------------------
@@ -139,10 +157,10 @@ class Normalize(nn.Module):
 
 # --- architectures ---------------------------------------------------------------------------------------------------
 
-INPUT_SHAPES = {"mnist": (1, 28, 28), "digits": (1, 28, 28), "cifar10": (3, 32, 32)}
-CLASSES = {"mnist": 10, "digits": 10, "cifar10": 10}
+INPUT_SHAPES = {"mnist": (1, 28, 28), "digits": (1, 28, 28), "cifar10": (3, 32, 32), "tinyimagenet": (3, 64, 64)}
+CLASSES = {"mnist": 10, "digits": 10, "cifar10": 10, "tinyimagenet": 200}
 # Radius of the published evaluation, in pixel space.
-EPSILON = {"mnist": 1.58, "digits": 1.58, "cifar10": 36 / 255}
+EPSILON = {"mnist": 1.58, "digits": 1.58, "cifar10": 36 / 255, "tinyimagenet": 36 / 255}
 
 
 @dataclass(frozen=True)
@@ -171,6 +189,15 @@ class Architecture:
 _4C3F = Architecture(((32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)), (512, 512))
 _6C2F = Architecture(((32, 3, 1, 1), (32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 3, 1, 1), (64, 4, 2, 1)), (512,))
 _6C2F_THRESHOLDS = ((0.1, -0.1), (0.1, -0.15), (0.15, -0.15), (0.15, -0.15), (0.2, -0.2), (0.3, -0.3), (1.2, -1.2))
+_8C2F = Architecture(
+    (
+        *((64, 3, 1, 1), (64, 3, 1, 1), (64, 4, 2, 0)),
+        *((128, 3, 1, 1), (128, 3, 1, 1), (128, 4, 2, 0)),
+        *((256, 3, 1, 1), (256, 4, 2, 0)),
+    ),
+    (256,),
+)
+_8C2F_THRESHOLDS = tuple((start, -start) for start in (0.8, 1.0, 1.4, 1.4, 1.4, 1.6, 2.0, 3.0, 1.6))
 _MNIST = {"relux": _4C3F, "standrelu": replace(_4C3F, activation="relu")}
 MODELS = {
     "mnist": _MNIST,
@@ -181,20 +208,28 @@ MODELS = {
         "c6f2_clmaxmin": replace(_6C2F, activation="clmaxmin", thresholds=_6C2F_THRESHOLDS),
         "standrelu": replace(_6C2F, activation="relu"),
     },
+    "tinyimagenet": {
+        "tinyimagenet_relux": _8C2F,
+        "tiny_clmaxmin": replace(_8C2F, activation="clmaxmin", thresholds=_8C2F_THRESHOLDS),
+    },
 }
 
 
-def select_model(data: str, model: str, init: float = 1.0, width: float = 1.0) -> nn.Sequential:
+def select_model(
+    data: str, model: str, init: float = 1.0, width: float = 1.0, classes: int | None = None
+) -> nn.Sequential:
     """The network of a published name for a data set, freshly initialised, on the CPU.
 
     Convolution weights are drawn from N(0, 2 / (kh kw c_out)) with zero bias; dense layers keep PyTorch's default.
 
     Args:
-        data: `mnist`, `digits` or `cifar10`.
+        data: `mnist`, `digits`, `cifar10` or `tinyimagenet`.
         model: `relux` (4C3F with clipped ReLU) or `standrelu` (plain ReLU, 4C3F or for CIFAR-10 6C2F); for CIFAR-10
-            also `c6f2_relux` (6C2F with clipped ReLU) and `c6f2_clmaxmin` (6C2F with clipped MaxMin).
+            also `c6f2_relux` (6C2F with clipped ReLU) and `c6f2_clmaxmin` (6C2F with clipped MaxMin); for Tiny ImageNet
+            `tinyimagenet_relux` and `tiny_clmaxmin` (8C2F with either).
         init: start value of the thresholds of clipped ReLU; those of clipped MaxMin are the published ones.
         width: fraction of the published number of channels and hidden units.
+        classes: number of logits; default: the data set's.
 
     Raises:
         InputError: for a name that does not exist or a width that leaves no channels.
@@ -227,7 +262,7 @@ def select_model(data: str, model: str, init: float = 1.0, width: float = 1.0) -
         units = scaled(units)
         layers += [nn.Linear(features, units), architecture.make_activation(number, (units,), init)]
         features = units
-    layers.append(nn.Linear(features, CLASSES[data]))
+    layers.append(nn.Linear(features, classes or CLASSES[data]))
     return nn.Sequential(*layers)
 
 
@@ -255,6 +290,18 @@ def select_device(name: str) -> torch.device:
     return device
 
 
+def available_memory() -> int | None:
+    """Bytes of host memory that can still be had, by the kernel and by the container's limit; None if unknown."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))))
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        found.append(limit - used)
+    return min(found, default=None)
+
+
 # --- hyper-parameters ------------------------------------------------------------------------------------------------
 
 
@@ -272,8 +319,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (--help lists the flags)", file=sys.stderr)
-        sys.exit(2)
+        _fail(f"{message} (--help lists the flags)", 2)
 
 
 def positive_int(text: str) -> int:
@@ -318,6 +364,14 @@ def positive_float(text: str) -> float:
     return value
 
 
+def positions(text: str) -> list[int]:
+    """Positions in a network, separated by commas."""
+    try:
+        return sorted({natural_int(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers with commas between, got '{text}'") from None
+
+
 def add_common_flags(parser: argparse.ArgumentParser, data_sets: Sequence[str]) -> None:
     """The flags that training and evaluation share."""
     models = sorted({model for data in data_sets for model in MODELS[data]})
@@ -353,11 +407,15 @@ def training_arguments(description: str, data_sets: Sequence[str], defaults: Map
     flag("--epsilon_train", type=natural_float, help="L2 radius at the end of the ramp-up")
     flag("--gloro", action="store_true", help="GloRo loss instead of BCP loss")
     flag("--sniter", type=positive_int, help="power iterations per training step")
+    indices = "positions of the layers that train with local norms, e.g. 0,6,12; the others have global ones"
+    flag("--indices", type=positions, help=f"{indices}; default: all are local")
+    flag("--sparse", type=natural_float, default=0.0, help="weight of the sparsity loss")
+    flag("--sp_thres", type=natural_float, default=0.1, help="its weight for thresholds of clipped ReLU, beside 0")
     flag("--test_sniter", type=positive_int, default=20, help="power iterations per validated batch")
     flag("--opt_iter", type=positive_int, default=1, help="rounds of pinning for the worst-case logits")
     flag("--test_opt_iter", type=positive_int, default=1000, help="the same in validation")
     flag("--init", type=natural_float, help="start value of the thresholds of clipped ReLU")
-    flag("--batch_size", type=positive_int, default=256, help="images per step")
+    flag("--batch_size", type=positive_int, default=256, help="images per step and process")
     compiles = (
         "compile element-wise work, which takes half a minute and a C++ compiler; auto: if the run is long enough"
     )
@@ -370,6 +428,10 @@ def training_arguments(description: str, data_sets: Sequence[str], defaults: Map
     flag("--no_augmentation", action="store_true", help="no random crops and flips (digits never have any)")
     val_split = "training images held out to pick the best epoch on; 0: the test set picks, as in the paper"
     flag("--val_split", type=natural_int, default=0, help=val_split)
+    ddp = (
+        "averages the gradients of several processes: PyTorch's DistributedDataParallel (auto, torch) or NVIDIA apex's"
+    )
+    flag("--ddp", choices=["auto", "torch", "apex"], default="auto", help=ddp)
     parser.set_defaults(**defaults)
     args = parser.parse_args()
     if args.resume and args.overwrite:

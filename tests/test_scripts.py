@@ -13,7 +13,7 @@ import evaluate
 import train_mnist
 import utils
 
-SCRIPTS = ["train_mnist", "train_cifar10", "evaluate"]
+SCRIPTS = ["train_mnist", "train_cifar10", "train_tinyimagenet", "evaluate", "evaluate_tinyimagenet"]
 
 # --- command lines
 
@@ -83,6 +83,9 @@ def test_scripts_end_with_the_code_of_what_went_wrong(error, code, capsys):
 
 # The published lines; the 4C3F nets start at 1.0 as the authors' runs did, whatever their line said.
 EFFORT = "--test_batch_size 256 --test_sniter 2000"
+FOUR = "-m torch.distributed.run --standalone --nproc_per_node=4"
+TINY_IMAGENET = "--warmup 0 --batch_size 32 --rampup 125 --epochs 250 --sparse 0.01 --indices 0,6,12,14,17 "
+TINY_IMAGENET += "--data tinyimagenet --test_batch_size 32 --epsilon_train 0.16 --lr_scheduler exp"
 JOBS = {
     "mnist-4c3f": "train_mnist.py --model relux --sniter 5 --init 1.0 --epsilon_train 1.75 --gloro --no_augmentation "
     "--opt_iter 10 --prefix relu/mnist_4C3F",
@@ -100,8 +103,16 @@ JOBS = {
     "evaluate-cifar10-6c2f-gloro": f"evaluate.py --data cifar10 --model c6f2_relux --epsilon 0.141 {EFFORT}",
     "evaluate-cifar10-6c2f-maxmin": f"evaluate.py --data cifar10 --model c6f2_clmaxmin --epsilon 0.141 {EFFORT} "
     "--saved_model pretrained/maxmin/cifar_6C2F_maxmin",
+    "tinyimagenet-8c2f": f"{FOUR} TinyImagenet/train_tinyimagenet.py {TINY_IMAGENET} --model tinyimagenet_relux --sniter 1 "
+    "--init 1.0 --lr 2.5e-4 --prefix relu/tiny_8C2F",
+    "tinyimagenet-8c2f-maxmin": f"{FOUR} TinyImagenet/train_tinyimagenet.py {TINY_IMAGENET} --model tiny_clmaxmin "
+    "--sniter 3 --lr 1e-4 --prefix maxmin/tiny_8C2F_maxmin",
+    "evaluate-tinyimagenet-8c2f": f"{FOUR} TinyImagenet/evaluate_tinyimagenet.py --data tinyimagenet --epsilon 0.141 "
+    "--model tinyimagenet_relux --test_batch_size 32 --test_sniter 2000 --saved_model pretrained/relu/tiny_8C2F",
+    "evaluate-tinyimagenet-8c2f-maxmin": f"{FOUR} TinyImagenet/evaluate_tinyimagenet.py --model tiny_clmaxmin "
+    "--saved_model pretrained/maxmin/tiny_8C2F_maxmin",
 }
-OTHER_JOBS = {"demo", "test", "table"}
+OTHER_JOBS = {"demo", "test", "table", "tinyimagenet-data"}
 
 
 @pytest.fixture
@@ -159,7 +170,9 @@ def test_an_evaluation_reports_where_the_table_looks_for_it(run_job, job):
     assert estimate["--out"] == [f"{folder}/estimate"]
 
 
-@pytest.mark.parametrize("model", ["mnist-4c3f", "cifar10-4c3f", "cifar10-6c2f", "cifar10-6c2f-gloro"])
+@pytest.mark.parametrize(
+    "model", ["mnist-4c3f", "cifar10-4c3f", "cifar10-6c2f", "cifar10-6c2f-gloro", "tinyimagenet-8c2f"]
+)
 def test_training_and_evaluation_agree_on_the_net_and_its_prefix(run_job, model):
     trained, evaluated = (options(run_job(job).out.splitlines()) for job in (model, f"evaluate-{model}"))
     assert trained["--model"] == evaluated["--model"]

@@ -205,10 +205,10 @@ def test_the_log_follows_the_schedule(runs):
 def test_epsilon_rises_from_batch_to_batch(runs, monkeypatch):
     radii, propagate = [], training.propagate
 
-    def record(model, x, epsilon, norms):
+    def record(model, x, epsilon, norms, **options):
         if torch.is_grad_enabled():
             radii.append(epsilon)
-        return propagate(model, x, epsilon, norms)
+        return propagate(model, x, epsilon, norms, **options)
 
     monkeypatch.setattr(training, "propagate", record)
     runs.train()
@@ -300,9 +300,9 @@ def test_a_resumed_run_agrees_with_an_uninterrupted_one(runs, loss):
 
 def test_but_for_the_singular_vectors_a_resumed_run_is_the_uninterrupted_one(runs, monkeypatch):
     straight = runs.train(name="straight")
-    kept, make = [], training._Run._make_stored_vectors
+    kept, make = [], training._Run._prepare
     monkeypatch.setattr(training, "RESUME_ITERATIONS", 1)
-    monkeypatch.setattr(training._Run, "_make_stored_vectors", lambda run: kept[0] if kept else keep(make(run)))
+    monkeypatch.setattr(training._Run, "_prepare", lambda run: kept[0] if kept else keep(make(run)))
 
     def keep(vectors):
         kept.append(vectors)
@@ -315,9 +315,9 @@ def test_but_for_the_singular_vectors_a_resumed_run_is_the_uninterrupted_one(run
 def test_a_resumed_run_goes_on_with_the_order_of_the_images_and_the_schedule(runs, monkeypatch):
     visits, step = [], training._Run._step
 
-    def record(run, x, y, indices, moment, tally):
+    def record(run, x, y, indices, moment, *others):
         visits.append((moment, indices.tolist()))
-        return step(run, x, y, indices, moment, tally)
+        return step(run, x, y, indices, moment, *others)
 
     monkeypatch.setattr(training._Run, "_step", record)
     runs.train(name="straight")
