@@ -83,12 +83,14 @@ def through_activation(stack: Tensor, half: Tensor, reach: Tensor, clip: Clip) -
 
 def compile_activations() -> None:
     """Compile the two passes, at their first use in this process (some 30 seconds); no compiler, no harm."""
+    # Convolutions and dense layers, first layers and last batches: each may get a version of its own.
+    torch._dynamo.config.recompile_limit = 32
     _PASSES["forward"], _PASSES["backward"] = _compiled(_forward), _compiled(_backward)
 
 
 def _entries(x: Tensor) -> Tensor:
     """(N, C, H, W) or (N, C) as (N, entries, C), which in channels-last order copies nothing."""
-    return x.movedim(1, -1).flatten(1, -2) if x.dim() == 4 else x.unsqueeze(1)
+    return (x.movedim(1, -1).flatten(1, -2) if x.dim() == 4 else x.unsqueeze(1)).contiguous()
 
 
 def _as_before(x: Tensor, like: Tensor) -> Tensor:
