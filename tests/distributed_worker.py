@@ -88,7 +88,7 @@ def evaluation(certificate):
     """Outcome of an evaluation of all images, without the attack."""
     evaluate.pgd = lambda model, x, *others: x
     images, model = first_digits(60), network("bcp").float().eval().requires_grad_(False)
-    args = argparse.Namespace(epsilon=0.00076, clip=False, out=None, test_batch_size=7, seed=0, deployed="exact")
+    args = argparse.Namespace(epsilon=0.0016, clip=False, out=None, test_batch_size=7, seed=0, deployed="exact")
     args.test_sniter, args.test_opt_iter, args.failure_probability, args.certificate_seed = 60, 10, 1e-6, 5
     own = len(distributed.shard(images))
     method = evaluate.Proven(model, args, own) if certificate == "proven" else evaluate.Estimate(model, args)

@@ -82,7 +82,6 @@ def test_evaluation_counts_every_image_once_and_in_its_place(alone, together, ce
     for name in ("label", "prediction", "clean", "certified"):
         assert np.array_equal(getattr(several, name), getattr(one, name)), name
     assert np.allclose(several.margin, one.margin, rtol=1e-4, atol=1e-5)
-    assert np.allclose(several.worst_margin, one.worst_margin, rtol=1e-2, atol=1e-2)
 
 
 def test_a_proof_by_several_processes_has_as_many_seeds(alone, together):
@@ -234,7 +233,7 @@ steps = 0
 def die_in_the_second_epoch(run, *given):
     global steps
     steps += 1
-    if os.environ["RANK"] == {victim!r} and steps == 6:
+    if os.environ["RANK"] == {victim!r} and steps == 8:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(run, *given)
 
