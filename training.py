@@ -357,7 +357,7 @@ class _Run:
         shuffles = torch.atleast_2d(shuffles)
         if len(shuffles) != distributed.processes():
             raise ValueError(f"it ran in {len(shuffles)} processes, not {distributed.processes()}")
-        return shuffles[distributed.rank()]
+        return shuffles[distributed.rank()].clone()  # a generator takes no view of a part of a tensor
 
     def _refuse_other_arguments(self, saved: dict[str, Any]) -> None:
         may_differ = {

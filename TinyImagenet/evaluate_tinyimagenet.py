@@ -1,5 +1,6 @@
 """Clean, PGD and certified accuracy on Tiny ImageNet: evaluate.py with this data set's defaults."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,7 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import utils
 
-DEFAULTS = {"data": "tinyimagenet", "data_dir": str(Path(__file__).resolve().parent / "data"), "test_batch_size": 32}
+DATA_DIR = os.path.relpath(Path(__file__).resolve().parent / "data")
+DEFAULTS = {"data": "tinyimagenet", "data_dir": DATA_DIR, "test_batch_size": 32}
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 The paper's runs are four processes: `torchrun --standalone --nproc_per_node=4 train_tinyimagenet.py ...`.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,9 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import training
 import utils
 
+DATA_DIR = os.path.relpath(Path(__file__).resolve().parent / "data")
 DEFAULTS = {
     "model": "tinyimagenet_relux",
-    "data_dir": str(Path(__file__).resolve().parent / "data"),
+    "data_dir": DATA_DIR,
     "epochs": 250,
     "warmup": 0,
     "rampup": 125,

@@ -103,8 +103,8 @@ JOBS = {
     "evaluate-cifar10-6c2f-gloro": f"evaluate.py --data cifar10 --model c6f2_relux --epsilon 0.141 {EFFORT}",
     "evaluate-cifar10-6c2f-maxmin": f"evaluate.py --data cifar10 --model c6f2_clmaxmin --epsilon 0.141 {EFFORT} "
     "--saved_model pretrained/maxmin/cifar_6C2F_maxmin",
-    "tinyimagenet-8c2f": f"{FOUR} TinyImagenet/train_tinyimagenet.py {TINY_IMAGENET} --model tinyimagenet_relux --sniter 1 "
-    "--init 1.0 --lr 2.5e-4 --prefix relu/tiny_8C2F",
+    "tinyimagenet-8c2f": f"{FOUR} TinyImagenet/train_tinyimagenet.py {TINY_IMAGENET} --model tinyimagenet_relux "
+    "--sniter 1 --init 1.0 --lr 2.5e-4 --prefix relu/tiny_8C2F",
     "tinyimagenet-8c2f-maxmin": f"{FOUR} TinyImagenet/train_tinyimagenet.py {TINY_IMAGENET} --model tiny_clmaxmin "
     "--sniter 3 --lr 1e-4 --prefix maxmin/tiny_8C2F_maxmin",
     "evaluate-tinyimagenet-8c2f": f"{FOUR} TinyImagenet/evaluate_tinyimagenet.py --data tinyimagenet --epsilon 0.141 "
