@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import distributed
 import utils
 from data_load import AUGMENTED, ImageSet, batch_sizes, count_classes, hold_out, load_data
 from fused_activation import compile_activations
-from local_bound import Norms, bcp_loss, gloro_loss, propagate, worst_logits, worst_margin
+from local_bound import Norms, Position, bcp_loss, gloro_loss, propagate, worst_logits, worst_margin
 from spectral_norm import PowerIteration, StoredVectors
 from utils import InputError, ScriptError, first_line
 
@@ -143,6 +144,58 @@ class RobustLoss(nn.Module):
         return loss, clean, worst
 
 
+class Step:
+    """One optimizer step on a batch, its power iterations warm-started by the images' stored vectors.
+
+    Args:
+        loss: a `RobustLoss`, wrapped for several processes or not.
+        norms: those of the loss.
+        stored: vectors of the images that the step will see.
+        optimizer: of the parameters of the loss.
+    """
+
+    def __init__(self, loss: nn.Module, norms: PowerIteration, stored: StoredVectors, optimizer: torch.optim.Optimizer):
+        self.loss, self.norms, self.stored, self.optimizer = loss, norms, stored, optimizer
+        self._clipped = [layer for layer in loss.modules() if isinstance(layer, utils.ReLU_x)]
+
+    def __call__(
+        self, x: Tensor, y: Tensor, indices: Tensor, epsilon: float, kappa: float, weight: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the loss returned on the batch before the step. indices: (N,) rows of the stored vectors."""
+        self.norms.local_vectors = self.stored.read(indices)
+        loss, logits, worst = self.loss(x, y, epsilon, kappa)
+        self.optimizer.zero_grad()
+        (weight * loss).backward()
+        self.optimizer.step()
+        for layer in self._clipped:
+            layer.project()
+        self.stored.write(indices, self.norms.local_vectors)
+        return loss.detach(), logits.detach(), worst.detach()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one image shows about a network.
+
+    Attributes:
+        vectors: by position of a layer with local norms, the shape of its singular vector.
+        activations: number of them.
+    """
+
+    vectors: dict[Position, torch.Size]
+    activations: int
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: nn.Sequential, image: Tensor, local_positions: Collection[int] | None = None) -> Layout:
+        """Layout of a model, local norms at these positions only. image: (1, C, H, W)."""
+        probe = PowerIteration(1, local_positions=local_positions)
+        bound = propagate(model, image, 0.0, probe)
+        vectors = {position: vector.shape[1:] for position, vector in probe.local_vectors.items()}
+        activations = sum(layer.numel() for position, layer in bound.varying.items() if position not in bound.masks)
+        return cls(vectors, activations)
+
+
 def run(args: argparse.Namespace) -> None:
     """What a training script does with its arguments: data, network, then `train`, in one process or several."""
     with distributed.process_group(args.device):
@@ -211,21 +264,25 @@ class _Run:
             self._resume()
         elif distributed.is_main():
             self.files.refuse_existing(args.overwrite)
-        loss = RobustLoss(model, self.norms, args.opt_iter, args.gloro, args.sparse, args.sp_thres)
-        self.robust_loss = distributed.wrap(loss, args.ddp)
-        self.stored = self._prepare()
+        loss = distributed.wrap(
+            RobustLoss(model, self.norms, args.opt_iter, args.gloro, args.sparse, args.sp_thres), args.ddp
+        )
+        image, _, _ = next(training_set[:1].batches(1))
+        layout = Layout.of(model, image, args.indices)
+        self.step = Step(loss, self.norms, self._make_room(layout), self.optimizer)
+        pays = layout.activations * len(training_set) * (args.epochs - self.epoch) >= COMPILE_FROM
+        if args.compile == "yes" or (args.compile == "auto" and pays):
+            compile_activations()
 
     def train(self) -> None:
         first, args = self.epoch, self.args
         held_out = f"held out for validation (--val_split {args.val_split})"
         published = "test images that pick the best epoch (--val_split 0, the paper's protocol)"
         validated = sum(distributed.gather(len(self.validation_set)))
-        processes = distributed.processes()
+        processes, stored = distributed.processes(), self.step.stored
         each = "" if processes == 1 else f", in each of {processes} processes"
         distributed.say(f"{sum(self.images)} training images, {validated} {held_out if args.val_split else published}")
-        distributed.say(
-            f"singular vectors: {self.stored.bytes / 1e6:,.1f} MB in half precision on {self.stored.device}{each}"
-        )
+        distributed.say(f"singular vectors: {stored.bytes / 1e6:,.1f} MB in half precision on {stored.device}{each}")
         total, quiet = args.epochs * self.batches, None if distributed.is_main() else True
         with tqdm(total=total, initial=first * self.batches, unit="batch", disable=quiet, dynamic_ncols=True) as bar:
             for epoch in range(first, args.epochs):
@@ -238,7 +295,7 @@ class _Run:
 
     def _train_epoch(self, epoch: int, bar: tqdm) -> dict[str, Any]:
         bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}")
-        self.robust_loss.train()
+        self.step.loss.train()
         lr = self.schedule.lr_at(epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -248,7 +305,9 @@ class _Run:
         batches = self.training_set.batches(self.args.batch_size, self.shuffle, augment, self.batches)
         for batch, (x, y, indices) in enumerate(batches):
             moment = epoch + batch / self.batches
-            loss = self._step(x, y, indices, moment, tally, self.weights[batch])
+            epsilon, kappa = self.schedule.epsilon_at(moment), self.schedule.kappa_at(moment)
+            loss, logits, worst = self.step(x, y, indices, epsilon, kappa, self.weights[batch])
+            tally.add(loss, logits, worst, y)
             non_finite = torch.where(loss.isfinite(), non_finite, non_finite.clamp(max=batch))
             bar.update()
             if batch % BATCHES_PER_LOOK == 0 or batch == self.batches - 1:
@@ -265,19 +324,6 @@ class _Run:
             "clean_error": clean,
             "certified_error": certified,
         }
-
-    def _step(self, x: Tensor, y: Tensor, indices: Tensor, moment: float, tally: Tally, weight: float = 1.0) -> Tensor:
-        self.norms.local_vectors = self.stored.read(indices)
-        loss, logits, worst = self.robust_loss(x, y, self.schedule.epsilon_at(moment), self.schedule.kappa_at(moment))
-        self.optimizer.zero_grad()
-        (weight * loss).backward()
-        self.optimizer.step()
-        for layer in self.model.modules():
-            if isinstance(layer, utils.ReLU_x):
-                layer.project()
-        self.stored.write(indices, self.norms.local_vectors)
-        tally.add(loss, logits, worst, y)
-        return loss.detach()
 
     def _refuse_non_finite(self, epoch: int, batch: int) -> None:
         if batch < self.batches:
@@ -369,24 +415,12 @@ class _Run:
                     f"cannot resume {self.files.checkpoint}: it ran with --{name} {saved.get(name)}, not {value}"
                 )
 
-    def _prepare(self) -> StoredVectors:
-        """Room for one singular vector per image and layer; one image shows which layers ask for one.
-
-        It also shows how many activations there are, and so whether compilation pays.
-        """
-        probe = PowerIteration(1, local_positions=self.args.indices)
-        with torch.no_grad():
-            image, _, _ = next(self.training_set[:1].batches(1))
-            bound = propagate(self.model, image, 0.0, probe)
-        activations = sum(mask.numel() for mask in bound.varying.values())
-        pays = activations * len(self.training_set) * (self.args.epochs - self.epoch) >= COMPILE_FROM
-        if self.args.compile == "yes" or (self.args.compile == "auto" and pays):
-            compile_activations()
-        shapes = {position: vector.shape[1:] for position, vector in probe.local_vectors.items()}
+    def _make_room(self, layout: Layout) -> StoredVectors:
+        """Room for one singular vector per image and layer."""
         memory = utils.available_memory()
         share = None if memory is None else memory // distributed.processes_here()
         try:
-            return StoredVectors(len(self.training_set), shapes, self.device, self.args.seed, share)
+            return StoredVectors(len(self.training_set), layout.vectors, self.device, self.args.seed, share)
         except (RuntimeError, MemoryError) as error:
             raise InputError(
                 f"no room for the singular vectors of {len(self.training_set)} training images in each process: "

@@ -198,13 +198,13 @@ def test_singular_vectors_that_do_not_fit_are_refused_with_what_would_help(call,
 
 
 def test_local_norms_at_fewer_layers_keep_fewer_vectors(call, few_digits, tmp_path, monkeypatch):
-    kept, make = [], training._Run._make_stored_vectors
+    kept, make = [], training._Run._make_room
 
-    def record(run):
-        kept.append(make(run))
+    def record(run, layout):
+        kept.append(make(run, layout))
         return kept[-1]
 
-    monkeypatch.setattr(training._Run, "_make_stored_vectors", record)
+    monkeypatch.setattr(training._Run, "_make_room", record)
     few = ["--epochs", 1, "--rampup", 0, "--test_sniter", 2, "--overwrite", "--output_dir", tmp_path]
     for flags in (["--indices", "9,11"], ["--indices", "0,9,11"], []):
         assert call("train_mnist", *TINY, *few, *flags).code == 0
@@ -227,17 +227,17 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import train_mnist, training, utils
 
-load_data, step = training.load_data, training._Run._step
+load_data, step = training.load_data, training.Step.__call__
 steps = 0
 
-def die_in_the_second_epoch(run, *given):
+def die_in_the_second_epoch(self, *given):
     global steps
     steps += 1
     if os.environ["RANK"] == {victim!r} and steps == 8:
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(run, *given)
+    return step(self, *given)
 
-training._Run._step = die_in_the_second_epoch
+training.Step.__call__ = die_in_the_second_epoch
 training.load_data = lambda data, data_dir, train: load_data(data, data_dir, train)[: 130 if train else 21]
 utils.run_script(train_mnist.main)
 """

@@ -300,9 +300,9 @@ def test_a_resumed_run_agrees_with_an_uninterrupted_one(runs, loss):
 
 def test_but_for_the_singular_vectors_a_resumed_run_is_the_uninterrupted_one(runs, monkeypatch):
     straight = runs.train(name="straight")
-    kept, make = [], training._Run._prepare
+    kept, make = [], training._Run._make_room
     monkeypatch.setattr(training, "RESUME_ITERATIONS", 1)
-    monkeypatch.setattr(training._Run, "_prepare", lambda run: kept[0] if kept else keep(make(run)))
+    monkeypatch.setattr(training._Run, "_make_room", lambda run, layout: kept[0] if kept else keep(make(run, layout)))
 
     def keep(vectors):
         kept.append(vectors)
@@ -313,13 +313,13 @@ def test_but_for_the_singular_vectors_a_resumed_run_is_the_uninterrupted_one(run
 
 
 def test_a_resumed_run_goes_on_with_the_order_of_the_images_and_the_schedule(runs, monkeypatch):
-    visits, step = [], training._Run._step
+    visits, step = [], training.Step.__call__
 
-    def record(run, x, y, indices, moment, *others):
-        visits.append((moment, indices.tolist()))
-        return step(run, x, y, indices, moment, *others)
+    def record(self, x, y, indices, epsilon, kappa, weight):
+        visits.append((epsilon, kappa, indices.tolist()))
+        return step(self, x, y, indices, epsilon, kappa, weight)
 
-    monkeypatch.setattr(training._Run, "_step", record)
+    monkeypatch.setattr(training.Step, "__call__", record)
     runs.train(name="straight")
     straight = visits.copy()
     visits.clear()
@@ -416,14 +416,14 @@ def test_kill_during_save_leaves_the_earlier_checkpoint(runs):
 def test_weights_that_are_not_finite_are_never_saved(runs, monkeypatch):
     runs.train("--epochs", 1, "--rampup", 0)
     before = runs.contents()
-    step = training._Run._step
+    step = training.Step.__call__
 
-    def spoil_the_last_step(run, *given):
-        loss = step(run, *given)
-        run.model[0].weight.data[0] = torch.nan
-        return loss * 0 + 1
+    def spoil_the_last_step(self, *given):
+        loss, *others = step(self, *given)
+        self.loss.model[0].weight.data[0] = torch.nan
+        return loss * 0 + 1, *others
 
-    monkeypatch.setattr(training._Run, "_step", spoil_the_last_step)
+    monkeypatch.setattr(training.Step, "__call__", spoil_the_last_step)
     monkeypatch.setattr(training._Run, "_validate", lambda run: {})
     with pytest.raises(training.TrainingDiverged, match="epoch 1"):
         runs.train("--epochs", 1, "--rampup", 0, "--overwrite")
