@@ -114,7 +114,8 @@ def propagate(
         ValueError: for an epsilon that is negative or NaN, an x outside of `clip`, or for batch
             normalisation or dropout in training mode.
     """
-    if not (torch.as_tensor(epsilon) >= 0).all():
+    valid = (epsilon >= 0).all() if isinstance(epsilon, Tensor) else epsilon >= 0
+    if not valid:
         raise ValueError(f"epsilon must not be negative, got {epsilon}")
     epsilon = torch.as_tensor(epsilon, dtype=x.dtype, device=x.device).expand(len(x))
     if clip is not None and ((x < clip[0]) | (x > clip[1])).any():
@@ -594,16 +595,21 @@ def worst_logits(bound: Bound, y: Tensor, rounds: int = 1) -> Tensor:
     return worst + rounding.scatter(1, y[:, None], 0)
 
 
+# Rounds of pinning between two looks at whether anything still leaves the box: a GPU is waited for at every look.
+_ROUNDS_PER_LOOK = {"cpu": 1, "cuda": 16}
+
+
 @torch.no_grad()
 def _pinned(direction: Tensor, face: Tensor, radius: Tensor, rounds: int) -> Tensor:
     """Which entries (N, K, H) end up on a face when the longest step along `direction` is pushed back into the box."""
     pinned = torch.zeros_like(direction, dtype=torch.bool)
-    for _ in range(rounds):
+    rounds_per_look = _ROUNDS_PER_LOOK.get(direction.device.type, 1)
+    for number in range(1, rounds + 1):
         radius_left = radius**2 - torch.where(pinned, face, 0).square().sum(dim=2, keepdim=True)
         free = torch.where(pinned, 0, direction).square().sum(dim=2, keepdim=True)
         scale = radius_left.clamp(min=0).sqrt() / free.sqrt()  # (N, K, 1); infinite or NaN once nothing is free
         leaves = (direction * scale).abs() > face.abs()
-        if not (leaves & ~pinned).any():
+        if number % rounds_per_look == 0 and not (leaves & ~pinned).any():
             break
         pinned |= leaves
     return pinned

@@ -23,7 +23,8 @@ Usage: bash run_job.sh JOB [ARGUMENTS ...]
   demo                  train a small robust net on the shipped digits, evaluate it, draw a picture (about 5 minutes)
   test                  run the tests
   falsify PREFIX        try to break proven certificates of a checkpoint: PGD with restarts, steepest slopes
-  bench PREFIX          what a proven certificate costs beside the published protocol
+  bench                 time one training step of every recipe beside a plain step
+  bench-proof PREFIX    what a proven certificate of a checkpoint costs beside the published protocol
   table                 put the reports below results/JOB/ beside the paper's values, in the README too
 
   The paper's training runs (checkpoints and logs go to runs/, see --output_dir) and their evaluations (of
@@ -81,7 +82,8 @@ case $job in
         set_up; demo ;;
     test) set_up; "$PYTHON" -m pytest "$@" ;;
     falsify) need_prefix "$@"; set_up; "$PYTHON" falsify.py --out results/falsify --saved_model "$@" ;;
-    bench) need_prefix "$@"; set_up; "$PYTHON" benchmarks/certification.py --saved_model "$@" ;;
+    bench) set_up; "$PYTHON" benchmarks/training_step.py "$@" ;;
+    bench-proof) need_prefix "$@"; set_up; "$PYTHON" benchmarks/certification.py --saved_model "$@" ;;
     table) set_up; "$PYTHON" report.py "$@" ;;
 
     # The 4C3F nets start with thresholds at 1, as in the authors' runs, whose code ignored --init (README, deviation 7).

@@ -3,6 +3,7 @@
 import training
 import utils
 
+DATA_SETS = ["cifar10"]
 DEFAULTS = {
     "epochs": 800,
     "warmup": 20,
@@ -17,7 +18,7 @@ DEFAULTS = {
 
 
 def main() -> None:
-    training.run(utils.training_arguments(__doc__, ["cifar10"], DEFAULTS))
+    training.run(utils.training_arguments(__doc__, DATA_SETS, DEFAULTS))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import training
 import utils
 
+DATA_SETS = ["mnist", "digits"]
 DEFAULTS = {
     "epochs": 300,
     "warmup": 0,
@@ -17,7 +18,7 @@ DEFAULTS = {
 
 
 def main() -> None:
-    training.run(utils.training_arguments(__doc__, ["mnist", "digits"], DEFAULTS))
+    training.run(utils.training_arguments(__doc__, DATA_SETS, DEFAULTS))
 
 
 if __name__ == "__main__":

@@ -384,8 +384,12 @@ def add_common_flags(parser: argparse.ArgumentParser, data_sets: Sequence[str]) 
     parser.add_argument("--test_batch_size", type=positive_int, default=256, help="images per evaluated batch")
 
 
-def training_arguments(description: str, data_sets: Sequence[str], defaults: Mapping[str, Any]) -> argparse.Namespace:
+def training_arguments(
+    description: str, data_sets: Sequence[str], defaults: Mapping[str, Any], command_line: Sequence[str] | None = None
+) -> argparse.Namespace:
     """Parse the command line of a training script. The scripts differ in their data sets and defaults only.
+
+    command_line: the flags; None: those of this process.
 
     Exits with code 2 and one line on a wrong flag.
 
@@ -433,7 +437,7 @@ def training_arguments(description: str, data_sets: Sequence[str], defaults: Map
     )
     flag("--ddp", choices=["auto", "torch", "apex"], default="auto", help=ddp)
     parser.set_defaults(**defaults)
-    args = parser.parse_args()
+    args = parser.parse_args(command_line)
     if args.resume and args.overwrite:
         raise InputError("--resume and --overwrite exclude each other")
     args.prefix = args.prefix or f"{args.data}_{args.model}"

@@ -13,6 +13,7 @@ import training
 import utils
 
 DATA_DIR = os.path.relpath(Path(__file__).resolve().parent / "data")
+DATA_SETS = ["tinyimagenet"]
 DEFAULTS = {
     "model": "tinyimagenet_relux",
     "data_dir": DATA_DIR,
@@ -33,7 +34,7 @@ DEFAULTS = {
 
 
 def main() -> None:
-    training.run(utils.training_arguments(__doc__, ["tinyimagenet"], DEFAULTS))
+    training.run(utils.training_arguments(__doc__, DATA_SETS, DEFAULTS))
 
 
 if __name__ == "__main__":

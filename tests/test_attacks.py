@@ -88,3 +88,32 @@ def test_the_benchmark_prints_and_writes_both_costs(call, saved_net, tmp_path):
     )
     assert 0 <= figures["proven_percent"] <= 100
     assert "times as long" in answer.out
+
+
+def test_the_step_benchmark_prints_and_writes_its_recipes(call, tmp_path):
+    path = tmp_path / "figures.json"
+    chosen = {"mnist-4c3f": 256, "tinyimagenet-8c2f-maxmin": 8}
+    flags = [
+        "--recipes",
+        *chosen,
+        "--width",
+        0.05,
+        "--repeats",
+        1,
+        "--device",
+        "cpu",
+        "--compile",
+        "no",
+        "--certified_images",
+        2,
+    ]
+    answer = call("benchmarks.training_step", *flags, "--json", path)
+    assert answer.code == 0, answer.err
+    recipes = {recipe["recipe"]: recipe for recipe in json.loads(path.read_text())["recipes"]}
+    assert all(f"`{name}`" in answer.out for name in recipes)
+    assert {name: recipe["batch_size"] for name, recipe in recipes.items()} == chosen
+    for recipe in recipes.values():
+        assert recipe["stored_bytes"] > 0
+        for kind in ("all", "idle skipped"):
+            ratio = recipe[kind]["milliseconds"] / recipe["plain"]["milliseconds"]
+            assert math.isclose(recipe[kind]["over_plain"], ratio)

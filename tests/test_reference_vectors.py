@@ -44,14 +44,19 @@ def model(reference):
     return network(reference)
 
 
-@pytest.fixture(scope="module")
-def three(reference, model):
-    return walk(reference, model, "k3")
+@pytest.fixture(scope="module", params=[True, False], ids=["fused", "plain"])
+def fused(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def converged(reference, model):
-    return walk(reference, model, "kinf")
+def three(reference, model, fused):
+    return walk(reference, model, "k3", fused)
+
+
+@pytest.fixture(scope="module")
+def converged(reference, model, fused):
+    return walk(reference, model, "kinf", fused)
 
 
 def network(reference):
@@ -79,13 +84,13 @@ def network(reference):
     return model
 
 
-def walk(reference, model, run, dtype=torch.float64):
+def walk(reference, model, run, fused, dtype=torch.float64):
     local = {int(position): start.to(dtype) for position, start in below("local_start.", reference).items()}
     whole = {int(position): start.to(dtype) for position, start in below("global_start.", reference).items()}
     # Those of dense layers are columns (out, 1), on the output side.
     whole = {position: start.T if start.dim() == 2 else start for position, start in whole.items()}
     norms = PowerIteration(ITERATIONS[run], local, whole)
-    bound = propagate(model, reference["x"].to(dtype), float(reference["epsilon"]), norms)
+    bound = propagate(model, reference["x"].to(dtype), float(reference["epsilon"]), norms, fused=fused)
     return Walk(bound, norms, below(f"{run}.", reference))
 
 
@@ -166,6 +171,25 @@ def test_gradients(reference, model, converged, rounds):
             assert_close(gradient, reference[f"kinf.grad.{loss_name}.{rounds}.{name}"], relative=1e-4)
 
 
-def test_float32_agrees(reference):
+def test_float32_agrees(reference, fused):
     model = network(reference).float()
-    assert_same_walk(walk(reference, model, "k3", torch.float32), reference["y"], relative=1e-4)
+    assert_same_walk(walk(reference, model, "k3", fused, torch.float32), reference["y"], relative=1e-4)
+
+
+def test_fused_and_plain_agree_to_float32_rounding(reference):
+    model = network(reference).float()
+    y, parameters = reference["y"], list(model.parameters())
+    fast, plain = (walk(reference, model, "k3", fused, torch.float32) for fused in (True, False))
+    for position, varying in plain.bound.varying.items():
+        assert torch.equal(fast.bound.varying[position], varying)
+    for name in ("logits", "center", "lower", "upper", "radius", "local_lipschitz"):
+        assert_close(getattr(fast.bound, name), getattr(plain.bound, name))
+    for rounds in ROUNDS:
+        for fast_loss, plain_loss in zip(losses(fast, y, rounds).values(), losses(plain, y, rounds).values()):
+            assert_close(fast_loss, plain_loss)
+            gradients = (
+                torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+                for loss in (fast_loss, plain_loss)
+            )
+            for ours, theirs in zip(*gradients):
+                assert_close(ours, theirs, relative=1e-5)

@@ -232,6 +232,35 @@ def test_each_image_has_the_norm_that_it_has_alone(operator):
         torch.testing.assert_close(together[image], alone[0])
 
 
+@pytest.mark.parametrize("side", ["input_shape", "output_shape"])
+@pytest.mark.parametrize("given", ["columns", "rows", "both"])
+def test_idle_masks_are_skipped_and_the_others_are_not(operator, side, given):
+    columns, rows = (torch.rand(IMAGES, *shape) < 0.5 for shape in (operator.input_shape, operator.output_shape))
+    columns[1:3], rows[1:3] = True, True  # eliminate nothing
+    columns, rows = columns if given != "rows" else None, rows if given != "columns" else None
+    starts = batch(getattr(operator, side))
+    skipping, all_of_them = (PowerIteration(3, {0: starts}, seed=1, skip_idle_masks=skip) for skip in (True, False))
+    ours, theirs = (ask(norms, operator, columns, rows) for norms in (skipping, all_of_them))
+    whole = skipping.whole(operator)
+    idle, busy = [1, 2], [i for i in range(IMAGES) if i not in (1, 2)]
+    assert (ours[idle] <= whole).all()
+    torch.testing.assert_close(ours[idle], PowerIteration(3, seed=1).whole(operator).expand(2))
+    torch.testing.assert_close(ours[busy], theirs[busy])
+    torch.testing.assert_close(skipping.local_vectors[0][busy], all_of_them.local_vectors[0][busy])
+    assert torch.equal(skipping.local_vectors[0][idle], starts[idle])
+    gradients = (torch.autograd.grad(norm[busy].sum(), operator.weight)[0] for norm in (ours, theirs))
+    torch.testing.assert_close(*gradients)
+
+
+def test_where_all_masks_are_idle_the_norm_is_the_whole_one(operator):
+    columns, starts = torch.ones(IMAGES, *operator.input_shape, dtype=torch.bool), batch(operator.input_shape)
+    norms = PowerIteration(2, {0: starts}, skip_idle_masks=True)
+    whole = norms.whole(operator)
+    for mask in (columns, None):
+        assert torch.equal(norms.masked(operator, mask, None).expand(IMAGES), whole.expand(IMAGES))
+        assert torch.equal(norms.local_vectors[0], starts)
+
+
 def test_the_seed_decides_the_start(operator):
     first, same, other = (PowerIteration(1, seed=seed).whole(operator) for seed in (1, 1, 2))
     assert first == same

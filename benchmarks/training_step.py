@@ -1,0 +1,252 @@
+"""Times one training step of every recipe beside a plain step of the same network; `--help` lists the flags.
+
+A plain step is forward pass, cross-entropy, backward pass and Adam, as PyTorch has them by default. Both kinds take
+turns in one process. How much a robust step costs on a CPU depends on the masks: images whose masks eliminate nothing
+at a layer need no power iterations there. So it is timed twice, with iterations for all images at all layers, and as it
+is for a fresh network at the recipe's largest radius; training lies between the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import ctypes
+import gc
+import importlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "TinyImagenet"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+import utils
+from benchmarks.certification import timed
+from data_load import channels_last
+from evaluate import global_radius
+from fused_activation import compile_activations
+from local_bound import STAGES, propagate, prove
+from proven_norm import ProvenNorms
+from spectral_norm import PowerIteration, StoredVectors
+from training import Layout, RobustLoss, Step
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = (
+    "mnist-4c3f",
+    "cifar10-4c3f",
+    "cifar10-6c2f",
+    "cifar10-6c2f-maxmin",
+    "tinyimagenet-8c2f",
+    "tinyimagenet-8c2f-maxmin",
+)
+TRAINING_IMAGES = {"mnist": 60_000, "cifar10": 50_000, "tinyimagenet": 100_000 // 4}
+# Images per step on a CPU, where the recipe's own number would take too long.
+CPU_BATCH = {"tinyimagenet": 8}
+
+
+def recipe(job: str) -> argparse.Namespace:
+    """The arguments of a training job of run_job.sh, read off the command line that it would run."""
+    shown = subprocess.run(
+        ["bash", ROOT / "run_job.sh", job],
+        env=os.environ | {"PYTHON": "echo"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words = shown.stdout.split()
+    script = next(word for word in words if Path(word).stem.startswith("train_"))
+    module = importlib.import_module(Path(script).stem)
+    return utils.training_arguments("", module.DATA_SETS, module.DEFAULTS, words[words.index(script) + 1 :])
+
+
+class Bench:
+    """The steps of one recipe, on one batch of noise.
+
+    Attributes:
+        plain: runs a plain step.
+        steps: runs a robust step, by how its masks are treated.
+        stored_bytes: of the singular vectors of the whole training set, or one process's share of it.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, width: float):
+        torch.manual_seed(args.seed)
+        model = utils.select_model(args.data, args.model, args.init, width).to(device)
+        self.batch_size = CPU_BATCH.get(args.data, args.batch_size) if device.type == "cpu" else args.batch_size
+        x = torch.rand(self.batch_size, *utils.INPUT_SHAPES[args.data], device=device)
+        y = torch.randint(utils.CLASSES[args.data], (len(x),), device=device)
+        self.plain = _plain_step(copy.deepcopy(model), x, y)
+        self.model, self.images = model.to(memory_format=torch.channels_last), channels_last(x)
+        layout = Layout.of(self.model, self.images[:1], args.indices)
+        self.stored_bytes = 2 * TRAINING_IMAGES[args.data] * sum(shape.numel() for shape in layout.vectors.values())
+        self.steps = {"all": self._robust_step(args, layout, y, skip=False)}
+        if device.type == "cpu":
+            self.steps["idle skipped"] = self._robust_step(args, layout, y, skip=True)
+
+    def _robust_step(self, args: argparse.Namespace, layout: Layout, y: Tensor, skip: bool) -> Callable[[], Tensor]:
+        model, x = copy.deepcopy(self.model), self.images
+        norms = PowerIteration(args.sniter, local_positions=args.indices, skip_idle_masks=skip)
+        loss = RobustLoss(model, norms, args.opt_iter, args.gloro, args.sparse, args.sp_thres)
+        stored = StoredVectors(len(x), layout.vectors, x.device)
+        step = Step(loss, norms, stored, torch.optim.Adam(model.parameters(), lr=args.lr))
+        indices = torch.arange(len(x), device=x.device)
+        return lambda: step(x, y, indices, args.epsilon_train, 0.5)[0]
+
+
+def _plain_step(model: nn.Sequential, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def step() -> Tensor:
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def interleaved(steps: dict[str, Callable[[], Tensor]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Milliseconds of every run of the steps, which take turns; the first two turns warm up and do not count."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(repeats + 2):
+        for name, step in steps.items():
+            _, seconds = timed(step, device)
+            if turn >= 2:
+                times[name].append(1000 * seconds)
+    return times
+
+
+def peak_bytes(step: Callable[[], Tensor], device: torch.device) -> int | None:
+    """Memory that the step needs at its peak, beside what was there before; None where nothing tells."""
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _process_bytes("VmRSS")
+        step()
+        return _process_bytes("VmHWM") - before
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
+def _process_bytes(entry: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{entry}:"))
+
+
+@torch.no_grad()
+def certified_seconds(bench: Bench, count: int) -> float:
+    """Seconds per 1,000 images to certify a fresh network, at the radius at which the global bound just fails."""
+    model, x = copy.deepcopy(bench.model).double().eval(), bench.images[:count].double()
+    norms = ProvenNorms(1e-6, count * len(model) * len(STAGES))
+    norms.steps = 0
+    bound = propagate(model, x, 0.0, norms)
+    y = bound.logits.argmax(dim=1)
+    radius = 1.02 * global_radius(model, bound.logits, y, bound.global_lipschitz)
+    _, seconds = timed(lambda: prove(model, x, y, radius, norms).margin, x.device)
+    return 1000 * seconds / len(x)
+
+
+def measure(job: str, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """Everything about one recipe."""
+    bench = Bench(recipe(job), device, options.width)
+    times = interleaved({"plain": bench.plain, **bench.steps}, options.repeats, device)
+    plain = statistics.median(times["plain"])
+    result: dict[str, Any] = {"recipe": job, "batch_size": bench.batch_size, "stored_bytes": bench.stored_bytes}
+    for name, runs in times.items():
+        result[name] = {
+            "milliseconds": statistics.median(runs),
+            "fastest": min(runs),
+            "slowest": max(runs),
+            "over_plain": statistics.median(runs) / plain,
+            "peak_bytes": peak_bytes(bench.plain if name == "plain" else bench.steps[name], device),
+        }
+    result["certified_seconds_per_1000_images"] = certified_seconds(bench, options.certified_images)
+    return result
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The figures as a Markdown table."""
+    columns = ["plain", *(name for name in ("all", "idle skipped") if name in results[0])]
+    titles = {"plain": "plain step", "all": "robust step, all iterated", "idle skipped": "idle masks skipped"}
+    header = ["recipe", "images", *(titles[c] for c in columns), "peak memory, plain / robust"]
+    rows = [[*header, "stored vectors", "proof of 1,000 images"]]
+    for result in results:
+        cells = [_time(result[column], column != "plain") for column in columns]
+        peaks = " / ".join(_megabytes(result[column]["peak_bytes"]) for column in ("plain", "all"))
+        stored, proof = _megabytes(result["stored_bytes"]), result["certified_seconds_per_1000_images"]
+        name, images = f"`{result['recipe']}`", str(result["batch_size"])
+        rows.append([name, images, *cells, f"{peaks} MB", f"{stored} MB", f"{proof:.0f} s"])
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _time(figures: dict[str, float], with_ratio: bool) -> str:
+    text = f"{figures['milliseconds']:.0f} ms ({figures['fastest']:.0f} to {figures['slowest']:.0f})"
+    return f"{text}, **{figures['over_plain']:.2f}**" if with_ratio else text
+
+
+def _megabytes(count: int | None) -> str:
+    return "?" if count is None else f"{count / 1e6:,.0f}"
+
+
+def main() -> None:
+    parser = utils.ArgumentParser(__doc__)
+    flag = parser.add_argument
+    flag("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="training jobs of run_job.sh")
+    flag("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    flag("--repeats", type=utils.positive_int, default=7, help="timed steps of each kind")
+    flag("--width", type=utils.positive_float, default=1.0, help="fraction of the published channel numbers")
+    flag("--compile", choices=["yes", "no"], default="yes", help="compile element-wise work")
+    flag("--certified_images", type=utils.positive_int, default=8, help="images that are certified")
+    flag("--json", default="results/bench/training_step.json", help="file for the figures")
+    options = parser.parse_args()
+    device = utils.select_device(options.device)
+    path = Path(options.json)
+    utils.check_writable(path.parent)
+    if options.compile == "yes":
+        compile_activations()
+    results = [measure(job, device, options) for job in tqdm(options.recipes, unit="recipe", disable=None)]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    figures = {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "compiled": options.compile == "yes",
+        "width": options.width,
+        "recipes": results,
+    }
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians of {options.repeats} steps")
+    print("(fastest to slowest), in bold the ratio to the plain step of the same run\n")
+    print(table(results))
+    utils.write_atomically(path, lambda temporary: temporary.write_text(json.dumps(figures, indent=2) + "\n"))
+    print(f"\n{path}")
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

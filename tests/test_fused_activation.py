@@ -1,0 +1,221 @@
+"""Centre and box through an activation in one autograd function, against the same operation by operation."""
+
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fused_activation
+import local_bound
+import training
+from data_load import channels_last
+from fused_activation import Clip, through_activation
+from local_bound import bcp_loss, propagate, worst_logits
+from spectral_norm import PowerIteration, StoredVectors
+from utils import ClampGroupSort, ReLU_x
+
+IMAGES = 6
+SHAPES = {"map": (4, 3, 5), "dense": (8,)}
+KINDS = ["relu", "relux", "clmaxmin"]
+
+
+def make_clip(kind, shape):
+    """Thresholds in the midst of the values; never two values the same, where autograd would share out gradients."""
+    if kind == "relu":
+        return Clip(0.0, math.inf)
+    if kind == "relux":
+        return Clip(0.0, torch.rand(1, *shape).double().add(0.1).requires_grad_())
+    half = (1, shape[0] // 2, *shape[1:])
+    low, high = -torch.rand(half).double(), torch.rand(half).double()
+    return Clip(low.requires_grad_(), high.requires_grad_(), pairs=True)
+
+
+def layer_of(clip):
+    """The activation as `utils` has it, with the thresholds of `clip`."""
+    if not isinstance(clip.high, torch.Tensor):
+        return torch.relu
+    if not clip.pairs:
+        return lambda x: torch.minimum(torch.relu(x), clip.high)
+    shape = clip.high.shape[1:]
+    layer = ClampGroupSort((2 * shape[0], *shape[1:]), 0, 0)
+    return lambda x: torch.func.functional_call(layer, {"min": clip.low, "max": clip.high}, x)
+
+
+def plain(stack, half, reach, clip):
+    """What the walk does where it does not fuse."""
+    center, middle = stack[: len(half)], stack[-len(half) :]
+    lower = torch.maximum(middle - half, center - reach)
+    upper = torch.minimum(middle + half, center + reach)
+    layer = layer_of(clip)
+    center, varying, lower, upper = layer(center), ~clip.constant(lower, upper), layer(lower), layer(upper)
+    return torch.cat([center, (upper + lower) / 2]), (upper - lower) / 2, varying
+
+
+def make_inputs(shape, copies=2):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(count, *size):
+        return torch.randn(count, *size, generator=generator, dtype=torch.float64)
+
+    stack, half = random(copies * IMAGES, *shape), random(IMAGES, *shape).abs()
+    reach = random(IMAGES, shape[0], *[1] * (len(shape) - 1)).abs()
+    return [x.requires_grad_() for x in (stack, half, reach)]
+
+
+@pytest.fixture(params=SHAPES.values(), ids=SHAPES)
+def shape(request):
+    return request.param
+
+
+@pytest.mark.parametrize("copies", [1, 2], ids=["center is middle", "center and middle"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_masks_and_gradients_are_those_of_the_plain_operations(shape, kind, copies):
+    inputs, clip = make_inputs(shape, copies), make_clip(kind, shape)
+    learnt = [x for x in (clip.low, clip.high) if isinstance(x, torch.Tensor)]
+    ours, theirs = through_activation(*inputs, clip), plain(*inputs, clip)
+    assert torch.equal(ours[2], theirs[2])
+    assert 0 < ours[2].double().mean() < 1
+    for our, their in zip(ours[:2], theirs[:2]):
+        torch.testing.assert_close(our, their)
+    weights = [torch.randn_like(x) for x in ours[:2]]
+    gradients = (
+        torch.autograd.grad(sum((w * x).sum() for w, x in zip(weights, outputs)), [*inputs, *learnt])
+        for outputs in (ours, theirs)
+    )
+    for our, their in zip(*gradients):
+        torch.testing.assert_close(our, their)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_order_changes_nothing(kind):
+    shape = SHAPES["map"]
+    inputs, clip = make_inputs(shape), make_clip(kind, shape)
+    in_order = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+    for ours, theirs in zip(through_activation(*in_order, clip), through_activation(*inputs, clip)):
+        assert torch.equal(ours, theirs)
+    assert through_activation(*in_order, clip)[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_output_varies_where_nothing_is_known():
+    nan = torch.full((1, 4), torch.nan)
+    for clip in (Clip(0.0, math.inf), Clip(0.0, torch.ones(1, 4)), Clip(-torch.ones(1, 2), torch.ones(1, 2), True)):
+        assert through_activation(torch.cat([nan, nan]), nan, nan, clip)[2].all()
+        assert not clip.constant(nan, nan).any()
+
+
+# --- compiled --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The two passes, put back behind the test."""
+    monkeypatch.setattr(fused_activation, "_PASSES", dict(fused_activation._PASSES))
+    return fused_activation._PASSES
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("kind", ["relux", "clmaxmin"])
+def test_compiled_passes_compute_the_same(passes, kind):
+    shape = SHAPES["map"]
+    inputs, clip = [x.float().detach().requires_grad_() for x in make_inputs(shape)], make_clip(kind, shape)
+    clip = Clip(*(x.float().detach() if isinstance(x, torch.Tensor) else x for x in (clip.low, clip.high)), clip.pairs)
+    results = []
+    for _ in range(2):
+        stack, half, varying = through_activation(*inputs, clip)
+        results.append([stack, half, varying, *torch.autograd.grad((stack.sum() + half.square().sum()), inputs)])
+        fused_activation.compile_activations()
+    assert passes["forward"] is not fused_activation._forward
+    for compiled, plainly in zip(*results):
+        torch.testing.assert_close(compiled, plainly)
+
+
+WITHOUT_COMPILER = """
+import torch, warnings
+import fused_activation
+fused_activation.compile_activations()
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        x = torch.ones(2, 4, requires_grad=True)
+        out, half, varying = fused_activation.through_activation(x, x, x, fused_activation.Clip(0.0, float("inf")))
+        out.sum().backward()
+print([str(w.message) for w in seen if "compiler" in str(w.message)], out.shape, x.grad.shape)
+"""
+
+
+def test_without_a_compiler_the_passes_run_as_they_stand(tmp_path):
+    environment = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_COMPILER], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("no compiler") == 2  # one for each pass
+    assert "torch.Size([4, 4]) torch.Size([2, 4])" in done.stdout
+
+
+# --- a step on a GPU does not wait -----------------------------------------------------------------------------------
+
+
+class NoLooks(TorchDispatchMode):
+    """Raises where the host would have to wait for a device to know a value or a size."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            raise AssertionError(f"{function} makes the host wait")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gloro", [True, False])
+def test_a_step_as_on_a_gpu_never_looks_at_a_value(tiny_net, gloro, monkeypatch):
+    monkeypatch.setitem(local_bound._ROUNDS_PER_LOOK, "cpu", local_bound._ROUNDS_PER_LOOK["cuda"])
+    norms, x = PowerIteration(2), channels_last(torch.rand(4, 1, 28, 28))
+    stored = StoredVectors(4, training.Layout.of(tiny_net, x[:1]).vectors, x.device)
+    # The optimizer of a CPU reads its own step counter there, which a GPU's does not.
+    optimizer = torch.optim.SGD(tiny_net.parameters(), lr=0.1)
+    step = training.Step(training.RobustLoss(tiny_net, norms, 10, gloro), norms, stored, optimizer)
+    with NoLooks():
+        loss, _, _ = step(x, torch.arange(4), torch.arange(4), 0.1, 0.5)
+    assert loss.isfinite()
+
+
+# --- in the walk -----------------------------------------------------------------------------------------------------
+
+
+def test_a_linear_layer_right_behind_another_gets_the_box_cut_by_the_ball():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    x = torch.rand(3, 6)
+    ours, theirs = (propagate(net, x, 0.3, PowerIteration(50), fused=fused) for fused in (True, False))
+    for name in ("lower", "upper"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.ReLU(), nn.Flatten(), nn.Linear(32, 6)],
+        [nn.Conv2d(2, 4, 3), ReLU_x((4, 2, 2), 0.3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 6)],
+        [nn.Conv2d(2, 4, 3), nn.Flatten(), ReLU_x((16,), 0.2), nn.Linear(16, 6)],
+        [nn.Conv2d(2, 4, 4), ClampGroupSort((4, 1, 1), 0.2, -0.2), nn.Flatten(), nn.Linear(4, 6)],
+    ],
+    ids=["first", "twice", "behind Flatten", "one entry a map"],
+)
+@pytest.mark.parametrize("clip", [None, (0.0, 1.0)])
+def test_fused_and_plain_agree_wherever_an_activation_stands(layers, clip):
+    torch.manual_seed(0)
+    net, x, y = nn.Sequential(*layers, nn.ReLU(), nn.Linear(6, 3)), torch.rand(3, 2, 4, 4), torch.arange(3)
+    epsilon = torch.tensor([0.0, 0.2, 0.5])
+    found = []
+    for fused in (True, False):
+        bound = propagate(net, x, epsilon, PowerIteration(30), clip, fused=fused)
+        loss = bcp_loss(bound.logits, worst_logits(bound, y), y, 0.3)
+        gradients = torch.autograd.grad(loss, list(net.parameters()), materialize_grads=True)
+        found.append([bound.lower, bound.upper, bound.radius, loss, *gradients])
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
