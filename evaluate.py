@@ -100,7 +100,7 @@ class Estimate:
 
     def __init__(self, model: nn.Sequential, args: argparse.Namespace):
         self.model, self.args, self.clip = model, args, clip_range(args)
-        self.norms = PowerIteration(args.test_sniter, seed=args.seed)
+        self.norms = PowerIteration(args.test_sniter, seed=args.seed, skip_idle_masks=True)
 
     def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """What is known about a batch at epsilon."""

@@ -337,7 +337,9 @@ class _Run:
     def _validate(self) -> dict[str, float]:
         self.model.eval()
         tally = Tally(self.device)
-        norms = PowerIteration(self.args.test_sniter, global_vectors=self.norms.global_vectors, seed=self.args.seed)
+        norms = PowerIteration(
+            self.args.test_sniter, {}, self.norms.global_vectors, self.args.seed, skip_idle_masks=True
+        )
         for x, y, _ in self.validation_set.batches(self.args.test_batch_size):
             norms.local_vectors = {}
             bound = propagate(self.model, x, self.args.epsilon, norms)

@@ -112,7 +112,7 @@ JOBS = {
     "evaluate-tinyimagenet-8c2f-maxmin": f"{FOUR} TinyImagenet/evaluate_tinyimagenet.py --model tiny_clmaxmin "
     "--saved_model pretrained/maxmin/tiny_8C2F_maxmin",
 }
-OTHER_JOBS = {"demo", "test", "table", "tinyimagenet-data"}
+OTHER_JOBS = {"demo", "test", "bench", "table", "tinyimagenet-data"}
 
 
 @pytest.fixture
