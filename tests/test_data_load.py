@@ -150,3 +150,14 @@ def test_digits_of_other_images_are_refused_as_damaged(tmp_path, monkeypatch):
     (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.arange(10))))
     with pytest.raises(InputError, match="damaged"):
         load_data("digits", "unused", train=False)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_batches_lie_in_the_order_in_which_convolutions_are_fastest(channels):
+    images = ImageSet(torch.randint(256, (5, channels, 6, 7), dtype=torch.uint8), torch.arange(5))
+    x, _, _ = next(images.batches(4))
+    assert torch.equal(x, images.images[:4].float() / 255)
+    # With one channel every order has these strides but one; only this one makes convolutions keep it.
+    assert x.stride() == (channels * 6 * 7, 1, 7 * channels, channels)
+    weight = torch.randn(8, channels, 3, 3)
+    assert torch.nn.functional.conv2d(x, weight).is_contiguous(memory_format=torch.channels_last)
