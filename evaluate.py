@@ -87,7 +87,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[
     classes = count_classes(args.data, args.data_dir)
     model = utils.select_model(args.data, args.model, width=args.width, classes=classes)
     utils.load_weights(model, checkpoint["state_dict"], str(path))
-    model.to(device).eval().requires_grad_(False)
+    model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if args.epsilon is None:
         args.epsilon = utils.EPSILON[args.data]
     with distributed.one_per_machine_first():
@@ -256,6 +256,7 @@ def pgd(model: nn.Sequential, x: Tensor, y: Tensor, epsilon: float, steps: int =
     """The attack of the paper: steps of epsilon / 4 from a random point of the ball, inside [0, 1]."""
     if epsilon == 0:
         return x
+    x = x.contiguous()  # advertorch flattens what it is given in this order only
     cross_entropy = nn.CrossEntropyLoss(reduction="sum")
     point = L2PGDAttack(model, cross_entropy, epsilon, steps, epsilon / 4, True, 0.0, 1.0).perturb(x, y)
     # The attack rounds after it has projected; a hair outside of the ball would prove nothing.

@@ -2,9 +2,9 @@
 
 Between two linear layers the walk of `local_bound` intersects two boxes, clips three tensors (for MaxMin it sorts pairs
 first), marks what can vary and takes middle and half-width: operation by operation some thirty passes over memory, on a
-CPU as expensive as the convolutions. Here the formulas of the forward and of the backward pass stand once, as plain
-tensor arithmetic. `compile_activations` has `torch.compile` make one pass over memory of each; where there is no
-compiler they run as they stand.
+CPU as expensive as the convolutions. Here forward and backward pass are written out as plain tensor arithmetic, which
+saves nothing but its inputs. `compile_activations` has `torch.compile` make one pass over memory of each; where there
+is no compiler they run as they stand.
 
 At a tie between the two boxes, or between the two of a pair, the gradient goes to one side; at a threshold it goes to
 the threshold.
@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from utils import first_line
+
 Threshold = Tensor | float
 Ends = tuple[Tensor, Tensor, Tensor]  # centre of the ball, lower and upper ends of the box; (N, ...) each
 
@@ -28,14 +30,18 @@ class Clip:
     """What an activation does: min(max(x, low), high); or, with `pairs`, clipped MaxMin.
 
     Attributes:
-        low, high: thresholds, (1, ...) or numbers.
-        pairs: the channels are halves a | b, and the output is min(max(a, b), high) | max(min(a, b), low), with
-            thresholds of (1, C / 2, ...).
+        low: a number; with `pairs` a tensor (1, C / 2, ...).
+        high: a number or a tensor (1, ...); with `pairs` a tensor (1, C / 2, ...).
+        pairs: the channels are halves a | b, and the output is min(max(a, b), high) | max(min(a, b), low).
     """
 
     low: Threshold
     high: Threshold
     pairs: bool = False
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether the thresholds have the dimensions of the activations (N, ...), so that they need no broadcasting."""
+        return all(t.dim() == x.dim() for t in (self.low, self.high) if isinstance(t, Tensor))
 
     def constant(self, lower: Tensor, upper: Tensor) -> Tensor:
         """Which outputs (N, ...) are the same for all inputs in a box; a NaN makes an output vary."""
@@ -82,7 +88,10 @@ def through_activation(stack: Tensor, half: Tensor, reach: Tensor, clip: Clip) -
 
 
 def compile_activations() -> None:
-    """Compile the two passes, at their first use in this process (some 30 seconds); no compiler, no harm."""
+    """Compile the two passes for this process, at their first use, which takes up to a minute.
+
+    Without a compiler they run as they stand, and a warning says so.
+    """
     # Convolutions and dense layers, first layers and last batches: each may get a version of its own.
     torch._dynamo.config.recompile_limit = 32
     _PASSES["forward"], _PASSES["backward"] = _compiled(_forward), _compiled(_backward)
@@ -226,17 +235,15 @@ def _sum_over_images(x: Tensor | None) -> Tensor | None:
 
 
 def _compiled(function: Callable[..., tuple]) -> Callable[..., tuple]:
-    """The function compiled for tensors of any size, or as it stands from the first failure to compile it."""
-    passes = [torch.compile(function), function]
+    """The function compiled, or both passes as they stand from the first failure to compile one."""
+    compiled = torch.compile(function)
 
     def call(*args: Tensor | float | bool) -> tuple:
         try:
-            return passes[0](*args)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            if len(passes) == 1:
-                raise
-            warnings.warn(f"no compiler, going on without: {str(error).splitlines()[0]}", stacklevel=2)
-            del passes[0]
-            return passes[0](*args)
+            return compiled(*args)
+        except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
+            warnings.warn(f"no compiler, going on without: {first_line(error)}", stacklevel=1)
+            _PASSES.update(forward=_forward, backward=_backward)
+            return function(*args)
 
     return call

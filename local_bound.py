@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fused_activation import Clip, through_activation
 from proven_norm import ProvenNorms
 from rounding import ExactArithmetic, Rounding
-from spectral_norm import Conv, Dense, LinearOperator, PowerIteration
+from spectral_norm import Conv, Dense, LinearOperator, PowerIteration, per_image
 from utils import ClampGroupSort, Normalize, ReLU_x
 
 Position = int | str
@@ -171,11 +171,6 @@ def _describe(position: Position, layer: nn.Module) -> str:
     return f"{type(layer).__name__} at position {position}"
 
 
-def _broadcast(per_image: Tensor, like: Tensor) -> Tensor:
-    """(N,) as (N, 1, ...), with as many dimensions as `like`."""
-    return per_image.view(-1, *[1] * (like.dim() - 1))
-
-
 class _Region:
     """A ball's centre and a box, (N, ...) each, the box given by its ends.
 
@@ -199,7 +194,9 @@ class _Region:
 
     def map(self, monotone: Callable[[Tensor], Tensor]) -> _Region:
         """The region behind a monotone function."""
-        return _Region(monotone(self.center), monotone(self.lower), monotone(self.upper))
+        # First all three: a function that works in place would spoil what the ends are still to be made from.
+        center, lower, upper = self.center, self.lower, self.upper
+        return _Region(monotone(center), monotone(lower), monotone(upper))
 
     def reshape(self, shape: Callable[[Tensor], Tensor]) -> _Region:
         """The region with its entries renamed."""
@@ -291,7 +288,7 @@ class _Walk:
         return self.region.upper
 
     def _first_box(self, x: Tensor, clip: tuple[float, float] | None) -> _Region:
-        half = _broadcast(self.epsilon, x)
+        half = per_image(self.epsilon, x)
         if clip is None and not any(self.norms.roundoffs):
             return _CenteredRegion(x, half)
         half = half + self.rounding.widening(x, half)
@@ -345,7 +342,7 @@ class _Walk:
         before = self.region
         if self.sparsity is not None:
             self.sparsity = self.sparsity + clip.slack(before.lower, before.upper, self.sparse_threshold)
-        if self._fused and isinstance(before, _UncutRegion):
+        if self._fused and isinstance(before, _UncutRegion) and clip.fits(before.center):
             stack, half, varying = through_activation(before.uncut_stack, before.uncut_half, before.reach, clip)
             self.region = _CenteredRegion(stack, half)
         else:

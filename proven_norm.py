@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rounding import FLOAT32, FLOAT64
-from spectral_norm import Conv, Dense, LinearOperator
+from spectral_norm import Conv, Dense, LinearOperator, eliminating
 
 # What a norm is rounded up by, relatively, per step and per term of the longest sum. Lanczos loses its theory when its
 # basis loses orthogonality, so every vector is orthogonalised against all before it, twice, which keeps the basis
@@ -120,7 +120,7 @@ class ProvenNorms:
         count = len(out_mask if in_mask is None else in_mask)
         lower, upper = low.repeat(count), high.repeat(count)
         # A mask that eliminates nothing leaves the layer as it is.
-        rest = (_eliminates(in_mask, count, high) | _eliminates(out_mask, count, high)).nonzero().squeeze(1)
+        rest = eliminating(in_mask, out_mask).nonzero().squeeze(1)
         if len(rest):
             masks = [None if mask is None else mask[rest] for mask in (in_mask, out_mask)]
             bracket = _masked_dense if isinstance(operator, Dense) else self._masked_by_lanczos
@@ -294,11 +294,6 @@ def _normalized(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _times(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
-
-
-def _eliminates(mask: Tensor | None, count: int, like: Tensor) -> Tensor:
-    """(N,) bool: the mask switches something off."""
-    return like.new_zeros(count, dtype=torch.bool) if mask is None else ~mask.flatten(1).all(dim=1)
 
 
 def _is_empty(mask: Tensor | None, count: int, like: Tensor) -> Tensor:

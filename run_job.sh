@@ -2,6 +2,7 @@
 # Every job by name: `bash run_job.sh JOB [ARGUMENTS ...]`; extra arguments go to the job's script.
 # Without a job it lists them. Uses .venv, made from requirements.txt when absent or outdated, or $PYTHON when set.
 set -euo pipefail
+called_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 set_up() {
@@ -96,7 +97,7 @@ case $job in
         --prefix relu/cifar_6C2F_gloro "$@" ;;
     cifar10-6c2f-maxmin) set_up; train cifar10 --model c6f2_clmaxmin --sniter 2 --end_lr 1e-6 \
         --prefix maxmin/cifar_6C2F_maxmin "$@" ;;
-    tinyimagenet-data) bash TinyImagenet/data/tinyimagenet.sh "$@" ;;
+    tinyimagenet-data) fetch=$PWD/TinyImagenet/data/tinyimagenet.sh; cd "$called_from"; bash "$fetch" "$@" ;;
     tinyimagenet-8c2f) set_up; train_tinyimagenet --model tinyimagenet_relux --sniter 1 --init 1.0 --lr 2.5e-4 \
         --prefix relu/tiny_8C2F "$@" ;;
     tinyimagenet-8c2f-maxmin) set_up; train_tinyimagenet --model tiny_clmaxmin --sniter 3 --lr 1e-4 \

@@ -259,7 +259,7 @@ class PowerIteration:
         count = len(start if mask is None else mask)
         if start is None or len(start) != count:
             start = self._fresh(count, operator)
-        images = _eliminating(in_mask, out_mask).nonzero().squeeze(1) if self.skip_idle_masks else range(count)
+        images = eliminating(in_mask, out_mask).nonzero().squeeze(1) if self.skip_idle_masks else range(count)
         if len(images) == count:
             norm, self.local_vectors[position] = self._iterate(operator, start, in_mask, out_mask)
             return norm
@@ -306,7 +306,7 @@ class PowerIteration:
                     v = forward(u)
                     u, length = _unit(backward(v))
                 v, length_before = _unit(v)
-                norm = torch.where(length_before > 0, length / length_before, 0)
+                norm = torch.where(length_before == 0, 0, length / length_before)
                 kept = _kept(u, start)
             else:
                 v = _begin(start, rows)
@@ -330,16 +330,16 @@ class _SingularValue(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # noqa: ANN001, ANN205
         u, v = ctx.saved_tensors
-        return ctx.operator.weight_gradient(u, v * _per_image(grad, v)), None, None, None, None
+        return ctx.operator.weight_gradient(u, v * per_image(grad, v)), None, None, None, None
 
 
-def _eliminating(in_mask: Tensor | None, out_mask: Tensor | None) -> Tensor:
+def eliminating(in_mask: Tensor | None, out_mask: Tensor | None) -> Tensor:
     """For which images (N,) a mask switches anything off."""
     masks = [mask for mask in (in_mask, out_mask) if mask is not None]
-    return ~torch.stack([mask.all(dim=_entries(mask)) for mask in masks]).all(dim=0)
+    return torch.stack([~mask.all(dim=_entries(mask)) for mask in masks]).any(dim=0)
 
 
-def _per_image(values: Tensor, like: Tensor) -> Tensor:
+def per_image(values: Tensor, like: Tensor) -> Tensor:
     """(N,) as (N, 1, ...), with as many dimensions as `like`."""
     return values.view(-1, *[1] * (like.dim() - 1))
 
@@ -359,15 +359,19 @@ def _begin(start: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x / ||x|| for every image, zero where ||x|| is zero, and the lengths (N,). x: (N, ...)."""
+    """x / ||x|| for every image, zero where ||x|| is zero, and the lengths (N,). x: (N, ...).
+
+    A length that is not finite is NaN: as a norm it certifies nothing.
+    """
     length = torch.linalg.vector_norm(x, dim=_entries(x))
-    return x * _per_image(torch.where(length > 0, 1 / length, 0), x), length
+    length = torch.where(length.isinf(), torch.nan, length)
+    return x * per_image(torch.where(length == 0, 0, 1 / length), x), length
 
 
 def _kept(vector: Tensor, start: Tensor) -> Tensor:
     """`vector`, or `start` where it is zero: a norm would stay zero after the layer has come back to life."""
     dead = torch.linalg.vector_norm(vector, dim=_entries(vector)) == 0
-    return torch.addcmul(vector, start, _per_image(dead.to(start.dtype), start))
+    return torch.addcmul(vector, start, per_image(dead.to(start.dtype), start))
 
 
 class StoredVectors:
@@ -404,10 +408,10 @@ class StoredVectors:
         self._vectors = {}
         for position, shape in shapes.items():
             vector = torch.randn(1, *shape, generator=generator) / shape.numel() ** 0.5
-            vectors = vector.half().to(self.device).repeat(images, *[1] * len(shape))
             # In the order in which training convolves; what is read and written is each image's as a whole anyway.
-            in_memory = torch.channels_last if vectors.dim() == 4 else torch.contiguous_format
-            self._vectors[position] = vectors.contiguous(memory_format=in_memory)
+            order = torch.channels_last if len(shape) == 3 else torch.contiguous_format
+            room = torch.empty(images, *shape, dtype=torch.half, device=self.device, memory_format=order)
+            self._vectors[position] = room.copy_(vector)
 
     def _fits(self, device: torch.device) -> bool:
         return device.type != "cuda" or self.bytes <= torch.cuda.mem_get_info(device)[0] / 2

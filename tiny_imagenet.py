@@ -67,6 +67,8 @@ def wnids(data_dir: Path) -> list[str]:
         listed = sorted((folder / "wnids.txt").read_text().split())
     except FileNotFoundError:
         return names
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {folder / 'wnids.txt'}: {first_line(error)}; {HINT}") from None
     if listed != names:
         raise InputError(f"{folder} is incomplete: wnids.txt lists {len(listed)} classes, train has {len(names)}")
     return names
@@ -96,7 +98,10 @@ class _List:
         """Changes when a file is added, removed or replaced, or a label changes."""
         digest = hashlib.sha256()
         for path, label in [*self.train, *self.val]:
-            status = path.stat()
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise InputError(f"cannot read {path}: {first_line(error)}; {HINT}") from None
             digest.update(f"{path.parent.parent.name}/{path.name} {label} ".encode())
             digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
@@ -109,7 +114,7 @@ def _validation_images(folder: Path, labels: dict[str, int]) -> list[tuple[Path,
     else:
         sorted_in = [(entry.name, path) for entry in _entries(folder) for path in _images(Path(entry.path))]
         flat = {path.name: path for _, path in sorted_in}
-        listed = {path.name: name for name, path in sorted_in}
+        listed = _once([(path.name, name) for name, path in sorted_in], folder)
     unknown = sorted(set(listed.values()) - labels.keys())
     if unknown:
         raise InputError(f"{folder} has images of class {unknown[0]}, which the training set has not")
@@ -131,9 +136,18 @@ def _annotations(path: Path) -> dict[str, str]:
     """The wnid of every validation image."""
     try:
         rows = [line.split("\t")[:2] for line in path.read_text().splitlines() if line.strip()]
-        return dict(rows)
+        return _once(rows, path)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {first_line(error)}; {HINT}") from None
+
+
+def _once(images: list[tuple[str, str]], source: Path) -> dict[str, str]:
+    """Pairs (image, wnid) as a mapping, if no image has two classes."""
+    classes: dict[str, str] = {}
+    for image, wnid in images:
+        if classes.setdefault(image, wnid) != wnid:
+            raise InputError(f"{source} has {image} in two classes, {classes[image]} and {wnid}")
+    return classes
 
 
 def _images(folder: Path) -> list[Path]:
@@ -149,6 +163,8 @@ def _entries(folder: Path) -> Iterator[os.DirEntry]:
             yield from sorted(entries, key=lambda entry: entry.name)
     except (FileNotFoundError, NotADirectoryError):
         return
+    except OSError as error:
+        raise InputError(f"cannot read {folder}: {first_line(error)}") from None
 
 
 def _is_image(entry: os.DirEntry) -> bool:

@@ -297,8 +297,10 @@ def available_memory() -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
         found.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))))
     with contextlib.suppress(OSError, ValueError):
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        found.append(limit - used)
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        found.append(limit - used + int(counts.get("inactive_file", 0)))  # of files, given up when it is needed
     return min(found, default=None)
 
 
@@ -421,7 +423,7 @@ def training_arguments(
     flag("--init", type=natural_float, help="start value of the thresholds of clipped ReLU")
     flag("--batch_size", type=positive_int, default=256, help="images per step and process")
     compiles = (
-        "compile element-wise work, which takes half a minute and a C++ compiler; auto: if the run is long enough"
+        "compile element-wise work, which takes up to a minute and a C++ compiler; auto: if the run is long enough"
     )
     flag("--compile", choices=["auto", "yes", "no"], default="auto", help=compiles)
     flag("--lr", type=positive_float, help="learning rate of Adam")

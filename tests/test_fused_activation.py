@@ -102,6 +102,14 @@ def test_memory_order_changes_nothing(kind):
     assert through_activation(*in_order, clip)[0].is_contiguous(memory_format=torch.channels_last)
 
 
+def test_thresholds_of_other_dimensions_broadcast_as_they_do_in_the_layer():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), ReLU_x(4, 0.1), nn.Flatten(), nn.Linear(64, 3))
+    net[1].threshold.data = torch.rand(1, 4)  # along the width, not the channels
+    x = torch.rand(2, 1, 6, 6)
+    assert torch.allclose(propagate(net, x, 0.1, PowerIteration(5)).logits, net(x))
+
+
 def test_an_output_varies_where_nothing_is_known():
     nan = torch.full((1, 4), torch.nan)
     for clip in (Clip(0.0, math.inf), Clip(0.0, torch.ones(1, 4)), Clip(-torch.ones(1, 2), torch.ones(1, 2), True)):
@@ -155,7 +163,7 @@ def test_without_a_compiler_the_passes_run_as_they_stand(tmp_path):
         [sys.executable, "-c", WITHOUT_COMPILER], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("no compiler") == 2  # one for each pass
+    assert done.stdout.count("no compiler") == 1
     assert "torch.Size([4, 4]) torch.Size([2, 4])" in done.stdout
 
 

@@ -592,3 +592,19 @@ def test_a_rule_counts_for_its_very_type_only(scratch_rules):
     walk(network_with(Mine()), images(12), 0.1)
     with pytest.raises(TypeError, match="Yours at position 2"):
         walk(network_with(type("Yours", (Mine,), {})()), images(12), 0.1)
+
+
+def test_a_rule_for_a_layer_that_works_in_place_leaves_the_box_whole(scratch_rules):
+    @rule(nn.LeakyReLU)
+    def leaky(walk, position, layer):
+        walk.elementwise(position, layer, torch.ones_like(walk.center, dtype=torch.bool))
+
+    torch.manual_seed(0)
+    x = torch.rand(3, 6)
+    boxes = []
+    for inplace in (False, True):
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(6, 5), nn.LeakyReLU(0.1, inplace), nn.Linear(5, 4), nn.LeakyReLU(0.1, inplace))
+        bound = propagate(nn.Sequential(*net, nn.Linear(4, 3)), x, 0.3, PowerIteration(50))
+        boxes.append(torch.stack([bound.lower, bound.center, bound.upper]))
+    assert torch.equal(*boxes)

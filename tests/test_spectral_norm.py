@@ -252,6 +252,17 @@ def test_idle_masks_are_skipped_and_the_others_are_not(operator, side, given):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("side", ["input_shape", "output_shape"])
+@pytest.mark.parametrize("spoiled", [torch.nan, torch.inf, 1e200])
+def test_a_norm_that_cannot_be_computed_is_not_a_number(operator, side, spoiled):
+    # 0 would certify everything.
+    operator.weight.data[0, 0, 0, 0] = spoiled
+    norms = PowerIteration(2, {0: batch(getattr(operator, side))}, {0: batch(getattr(operator, side))[:1]})
+    columns = torch.ones(IMAGES, *operator.input_shape, dtype=torch.bool)
+    assert norms.whole(operator).isnan()
+    assert norms.masked(operator, columns, None).isnan().all()
+
+
 def test_where_all_masks_are_idle_the_norm_is_the_whole_one(operator):
     columns, starts = torch.ones(IMAGES, *operator.input_shape, dtype=torch.bool), batch(operator.input_shape)
     norms = PowerIteration(2, {0: starts}, skip_idle_masks=True)

@@ -176,6 +176,15 @@ BROKEN = {
         lambda d: (tiny(d) / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn99\n"),
         "class n99",
     ),
+    "two classes for an image": (
+        lambda d: (tiny(d) / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn01\nval_0.JPEG\tn02\n"),
+        "val_0.JPEG in two classes, n01 and n02",
+    ),
+    "a dangling link": (
+        lambda d: (tiny(d) / "train" / "n01" / "images" / "n01_9.JPEG").symlink_to("nowhere"),
+        "n01_9.JPEG",
+    ),
+    "a list that is no text": (lambda d: (tiny(d) / "wnids.txt").write_bytes(b"\xff\xfe\x81"), "wnids.txt"),
     "no image": (lambda d: (tiny(d) / "train" / "n01" / "images" / "n01_1.JPEG").write_text("text"), "n01_1.JPEG"),
     "a truncated image": (
         lambda d: (tiny(d) / "val" / "images" / "val_0.JPEG").write_bytes(
