@@ -27,7 +27,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "TinyImagenet"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -224,7 +223,10 @@ def main() -> None:
     utils.check_writable(path.parent)
     if options.compile == "yes":
         compile_activations()
-    results = [measure(job, device, options) for job in tqdm(options.recipes, unit="recipe", disable=None)]
+    results = []
+    for number, job in enumerate(options.recipes, start=1):
+        print(f"{number} of {len(options.recipes)}: {job}", file=sys.stderr, flush=True)
+        results.append(measure(job, device, options))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     figures = {
         "device": name,
