@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,14 +88,19 @@ def through_activation(stack: Tensor, half: Tensor, reach: Tensor, clip: Clip) -
     return stack, half, varying.bool()
 
 
+def activation(x: Tensor, clip: Clip) -> Tensor:
+    """What an activation makes of a ball's centre alone. x: (N, C, ...) with C even for pairs."""
+    return _PASSES["activation"](x, clip.low, clip.high, clip.pairs)
+
+
 def compile_activations() -> None:
-    """Compile the two passes for this process, at their first use, which takes up to a minute.
+    """Compile all passes for this process, at their first use, which takes up to a minute.
 
     Without a compiler they run as they stand, and a warning says so.
     """
     # Convolutions and dense layers, first layers and last batches: each may get a version of its own.
     torch._dynamo.config.recompile_limit = 32
-    _PASSES["forward"], _PASSES["backward"] = _compiled(_forward), _compiled(_backward)
+    _PASSES.update({name: _compiled(function) for name, function in _PLAIN_PASSES.items()})
 
 
 def _entries(x: Tensor) -> Tensor:
@@ -108,6 +114,14 @@ def _as_before(x: Tensor, like: Tensor) -> Tensor:
 
 
 # --- the formulas, for tensors of (N, entries, C) --------------------------------------------------------------------
+
+
+def _activation(x: Tensor, low: Threshold, high: Threshold, pairs: bool) -> Tensor:
+    """For x of any shape: (N, C, ...)."""
+    if not pairs:
+        return _clip(x, low, high)
+    a, b = x.chunk(2, dim=1)
+    return torch.cat([torch.minimum(torch.maximum(a, b), high), torch.maximum(torch.minimum(a, b), low)], dim=1)
 
 
 def _forward(
@@ -207,7 +221,8 @@ def _join(first: Tensor, second: Tensor) -> Tensor:
 
 # --- their autograd function -----------------------------------------------------------------------------------------
 
-_PASSES: dict[str, Callable[..., tuple]] = {"forward": _forward, "backward": _backward}
+_PLAIN_PASSES = {"activation": _activation, "forward": _forward, "backward": _backward}
+_PASSES: dict[str, Callable[..., Any]] = dict(_PLAIN_PASSES)
 
 
 class _ThroughActivation(torch.autograd.Function):
@@ -234,16 +249,16 @@ def _sum_over_images(x: Tensor | None) -> Tensor | None:
     return None if x is None else (x.new_ones(1, len(x)) @ x.flatten(1)).view(1, *x.shape[1:])
 
 
-def _compiled(function: Callable[..., tuple]) -> Callable[..., tuple]:
-    """The function compiled, or both passes as they stand from the first failure to compile one."""
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled, or all passes as they stand from the first failure to compile one."""
     compiled = torch.compile(function)
 
-    def call(*args: Tensor | float | bool) -> tuple:
+    def call(*args: Tensor | float | bool) -> Any:
         try:
             return compiled(*args)
         except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
             warnings.warn(f"no compiler, going on without: {first_line(error)}", stacklevel=1)
-            _PASSES.update(forward=_forward, backward=_backward)
+            _PASSES.update(_PLAIN_PASSES)
             return function(*args)
 
     return call

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_activation import Clip, through_activation
+from fused_activation import Clip, activation, through_activation
 from proven_norm import ProvenNorms
 from rounding import ExactArithmetic, Rounding
 from spectral_norm import Conv, Dense, LinearOperator, PowerIteration, per_image
@@ -94,6 +94,7 @@ def propagate(
     clip: tuple[float, float] | None = None,
     sparse_threshold: float | None = None,
     fused: bool = True,
+    box: bool = True,
 ) -> Bound:
     """Walk through the network with ball and box.
 
@@ -108,11 +109,14 @@ def propagate(
             clipped ReLU beside reaching above 0.
         fused: take a linear layer's box through its activation in one step (`fused_activation`) where nothing is
             rounded, or operation by operation, which is slower and gives the same but for rounding.
+        box: False takes the ball alone along. Then nothing is known to be constant, local norms are the global ones,
+            and the walk costs little more than a forward pass (the bound of GloRo: Leino et al. 2021). `clip` makes
+            no use of valid images then, and there is no `sparse_threshold`.
 
     Raises:
         TypeError: names the first layer without a rule and its position; no layer is ever skipped.
-        ValueError: for an epsilon that is negative or NaN, an x outside of `clip`, or for batch
-            normalisation or dropout in training mode.
+        ValueError: for an epsilon that is negative or NaN, an x outside of `clip`, a `sparse_threshold` without a box,
+            or for batch normalisation or dropout in training mode.
     """
     valid = (epsilon >= 0).all() if isinstance(epsilon, Tensor) else epsilon >= 0
     if not valid:
@@ -123,7 +127,9 @@ def propagate(
     *hidden, (position, last) = _layers(model)
     if type(last) is not nn.Linear:
         raise TypeError(f"the network must end in Linear, not in {_describe(position, last)}")
-    walk = _Walk(x, epsilon, norms, clip, sparse_threshold, fused)
+    if not box and sparse_threshold is not None:
+        raise ValueError("how far boxes reach cannot be told without a box")
+    walk = (_Walk if box else _BallWalk)(x, epsilon, norms, clip, sparse_threshold, fused)
     for position, layer in hidden:
         _rule_for(position, layer)(walk, position, layer)
     return walk.finish(last)
@@ -243,6 +249,16 @@ class _UncutRegion(_Region):
         return torch.minimum(self._middle + self.uncut_half, self.center + self.reach)
 
 
+class _Point(_Region):
+    """The centre of a ball alone."""
+
+    def __init__(self, center: Tensor):
+        self.center = center
+
+    def map(self, monotone: Callable[[Tensor], Tensor]) -> _Region:
+        return _Point(monotone(self.center))
+
+
 class _Walk:
     """Ball, box and mask on their way through the layers. The rules below move it; it asks `norms` for the norms."""
 
@@ -304,14 +320,7 @@ class _Walk:
         lipschitz = self.local_lipschitz if self.norms.local_ball else self.global_lipschitz
         radius = self.epsilon * lipschitz + self.rounding.distance
         length = self._longest(radius)
-        rounding = self.rounding.of_sums(operator, length)
-        reach = radius.view(-1, *[1] * len(operator.output_shape)) * operator.row_norms() + rounding
-        stack, half = self.region.stack, self.region.half
-        if half.shape[1:] == operator.input_shape:
-            half = operator.absolute(half)
-        else:
-            half = operator.absolute(half.new_ones(1, *operator.input_shape)) * half
-        self.region = _UncutRegion(operator.affine(stack), half + rounding, reach)
+        self.region = self._region_behind(operator, radius, length)
         self.columns = None
         norm = self.norms.whole(operator)
         self.global_norms[operator.position] = norm
@@ -320,6 +329,17 @@ class _Walk:
             absolute = self.norms.absolute(operator)
             self.rounding.pass_layer(operator, norm, absolute, length)
             self.deployed.pass_layer(operator, norm, absolute, length)
+
+    def _region_behind(self, operator: LinearOperator, radius: Tensor, length: Tensor | None) -> _Region:
+        """The region behind a linear layer. radius: (N,) of the ball before it. length: see `_longest`."""
+        rounding = self.rounding.of_sums(operator, length)
+        reach = radius.view(-1, *[1] * len(operator.output_shape)) * operator.row_norms() + rounding
+        stack, half = self.region.stack, self.region.half
+        if half.shape[1:] == operator.input_shape:
+            half = operator.absolute(half)
+        else:
+            half = operator.absolute(half.new_ones(1, *operator.input_shape)) * half
+        return _UncutRegion(operator.affine(stack), half + rounding, reach)
 
     def _longest(self, radius: Tensor) -> Tensor | None:
         """L2 length (N,) that no vector in box and ball exceeds, nor one that is multiplied; None if nothing asks."""
@@ -404,6 +424,34 @@ class _Walk:
         self.local_norms[operator.position] = norm
         self.local_lipschitz = self.rounding.at_least(self.local_lipschitz * norm)
         self._open = None
+
+
+class _BallWalk(_Walk):
+    """The ball without a box: all that is known of an entry is the radius, so that all of them vary."""
+
+    @property
+    def lower(self) -> Tensor:
+        return self.center - self._reach()
+
+    @property
+    def upper(self) -> Tensor:
+        return self.center + self._reach()
+
+    def _reach(self) -> Tensor:
+        radius = self.epsilon * self.global_lipschitz + self.rounding.distance
+        return per_image(radius * (1 + 1e-6), self.center)  # a millionth more, as in `finish`
+
+    def _first_box(self, x: Tensor, clip: tuple[float, float] | None) -> _Region:
+        return _Point(x)
+
+    def _region_behind(self, operator: LinearOperator, radius: Tensor, length: Tensor | None) -> _Region:
+        return _Point(operator.affine(self.center))
+
+    def clipping(self, position: Position, layer: nn.Module, clip: Clip) -> None:
+        self.region = _Point(activation(self.center, clip)) if self._fused else self.region.map(layer)
+
+    def _eliminate(self, position: Position, varying: Tensor) -> None:
+        """Nothing is known to be constant."""
 
 
 @dataclass

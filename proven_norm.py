@@ -4,11 +4,11 @@ Everything here is float64. `ProvenNorms` answers the two questions of the walk 
 
 * whole norms: a dense layer's by singular values; a convolution's by the smaller of a deterministic bound (the largest
   singular value over the frequencies of a torus that the zero-padded convolution is a part of) and a long Lanczos run;
-* masked norms: a dense layer's by singular values, a convolution's by Lanczos with a fixed number of steps from a start
-  vector drawn after the mask is known. Lanczos approaches the norm from below, too, but Kuczyński and Woźniakowski
-  (SIAM J. Matrix Anal. Appl. 13, 1992) bound the probability that it is below by more than a given factor:
-  P[estimate of ||M||^2 <= (1 - t) ||M||^2] <= 1.648 sqrt(n) exp(-sqrt(t) (2k - 1)) after k steps in n dimensions. The
-  factor is solved for at the probability that one norm of the run is allowed, and multiplied in.
+* masked norms: by Lanczos with a fixed number of steps from a start vector drawn after the mask is known; those of a
+  dense layer by singular values where these cost little more. Lanczos approaches the norm from below, too, but
+  Kuczyński and Woźniakowski (SIAM J. Matrix Anal. Appl. 13, 1992) bound the probability that it is below by more than a
+  given factor: P[estimate of ||M||^2 <= (1 - t) ||M||^2] <= 1.648 sqrt(n) exp(-sqrt(t) (2k - 1)) after k steps in n
+  dimensions. The factor is solved for at the probability that one norm of the run is allowed, and multiplied in.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from spectral_norm import Conv, Dense, LinearOperator, eliminating
 # ten times that is allowed for. Dense norms and Fourier transforms are as backward stable, and count as 100 steps.
 _ROUNDING_PER_STEP_AND_TERM = 10 * FLOAT64
 _DIRECT_STEPS = 100
+# Singular values of a matrix, which are exact, cost little more than Lanczos steps by an eighth of its smaller side.
+_STEPS_PER_SIDE = 8
 # Norms are taken of weights scaled to about 1; what underflows from there is below this.
 _UNDERFLOW = 1e-60
 # Unit roundoff of the network that the certificates are for.
@@ -48,9 +50,9 @@ class ProvenNorms:
 
     Args:
         failure_probability: that *any* norm of all that this object is asked for is too small.
-        planned: how many masked convolution norms it will be asked for at most, one per image and layer and call; more
-            are refused, since each gets an equal share of the probability.
-        steps: Lanczos steps per masked convolution norm; 0 answers every masked norm with the whole one, at no cost.
+        planned: how many masked norms it will be asked for at most, one per image and layer and call; more are
+            refused, since each gets an equal share of the probability.
+        steps: Lanczos steps per masked norm; 0 answers every masked norm with the whole one, at no cost.
             May be changed between calls.
         whole_steps: the same for whole norms, one per layer.
         seed: of the pseudo-random generator (PCG64) of the start vectors; None takes 128 bits from the operating
@@ -123,7 +125,8 @@ class ProvenNorms:
         rest = eliminating(in_mask, out_mask).nonzero().squeeze(1)
         if len(rest):
             masks = [None if mask is None else mask[rest] for mask in (in_mask, out_mask)]
-            bracket = _masked_dense if isinstance(operator, Dense) else self._masked_by_lanczos
+            directly = isinstance(operator, Dense) and _STEPS_PER_SIDE * self.steps >= min(operator.weight.shape)
+            bracket = _masked_dense if directly else self._masked_by_lanczos
             found = bracket(known.scaled, *masks)
             nothing_left = _is_empty(masks[0], len(rest), high) | _is_empty(masks[1], len(rest), high)
             lower[rest] = found[0] * known.scale

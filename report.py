@@ -1,11 +1,13 @@
 """What evaluations leave behind: a CSV row per image, a summary, pictures, and the table of all summaries.
 
-`python report.py` gathers results/JOB/{proven,estimate}/summary.json into the table of the README.
+`python report.py` gathers results/JOB/{proven,estimate}/summary.json into the table of the README, and draws the
+training logs that lie beside them as results/JOB/epochs.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import json
 import math
@@ -335,24 +337,33 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Published:
-    """A row of the paper: job, what it is, radius, epochs, and clean / PGD / certified accuracy in percent."""
+class Row:
+    """A row of the table.
+
+    Attributes:
+        job: name of the training job; its evaluation is evaluate-JOB.
+        title: what it trains.
+        epsilon: L2 radius of the evaluation, pixel space.
+        epochs: of the whole schedule.
+        paper: published clean / PGD / certified accuracy in percent; None: a recipe that is not the paper's.
+    """
 
     job: str
     title: str
     epsilon: float
     epochs: int
-    accuracy: tuple[float, float, float]
+    paper: tuple[float, float, float] | None = None
 
 
-PAPER = (
-    Published("mnist-4c3f", "MNIST, ε = 1.58, 4C3F, GloRo loss", 1.58, 300, (96.3, 78.2, 55.8)),
-    Published("cifar10-4c3f", "CIFAR-10, ε = 36/255, 4C3F", 36 / 255, 800, (70.1, 64.2, 53.5)),
-    Published("cifar10-6c2f", "CIFAR-10, ε = 36/255, 6C2F", 36 / 255, 800, (70.7, 64.8, 54.3)),
-    Published("cifar10-6c2f-gloro", "CIFAR-10, ε = 36/255, 6C2F, GloRo loss", 36 / 255, 800, (76.4, 69.2, 51.3)),
-    Published("cifar10-6c2f-maxmin", "CIFAR-10, ε = 36/255, 6C2F, clipped MaxMin", 36 / 255, 800, (77.4, 70.4, 60.7)),
-    Published("tinyimagenet-8c2f", "Tiny ImageNet, ε = 36/255, 8C2F", 36 / 255, 250, (30.8, 28.4, 20.7)),
-    Published(
+ROWS = (
+    Row("mnist-4c3f", "MNIST, ε = 1.58, 4C3F, GloRo loss", 1.58, 300, (96.3, 78.2, 55.8)),
+    Row("mnist-4c3f-maxmin", "MNIST, ε = 1.58, 4C3F, clipped MaxMin, trained with global norms", 1.58, 300),
+    Row("cifar10-4c3f", "CIFAR-10, ε = 36/255, 4C3F", 36 / 255, 800, (70.1, 64.2, 53.5)),
+    Row("cifar10-6c2f", "CIFAR-10, ε = 36/255, 6C2F", 36 / 255, 800, (70.7, 64.8, 54.3)),
+    Row("cifar10-6c2f-gloro", "CIFAR-10, ε = 36/255, 6C2F, GloRo loss", 36 / 255, 800, (76.4, 69.2, 51.3)),
+    Row("cifar10-6c2f-maxmin", "CIFAR-10, ε = 36/255, 6C2F, clipped MaxMin", 36 / 255, 800, (77.4, 70.4, 60.7)),
+    Row("tinyimagenet-8c2f", "Tiny ImageNet, ε = 36/255, 8C2F", 36 / 255, 250, (30.8, 28.4, 20.7)),
+    Row(
         "tinyimagenet-8c2f-maxmin", "Tiny ImageNet, ε = 36/255, 8C2F, clipped MaxMin", 36 / 255, 250, (36.9, 33.3, 23.4)
     ),
 )
@@ -360,24 +371,26 @@ BEGIN, END = "<!-- table: bash run_job.sh table -->", "<!-- end of table -->"
 
 
 def table(results: Path) -> str:
-    """All rows of the paper as Markdown, with what results/JOB/{proven,estimate}/summary.json found beside."""
+    """All rows as Markdown: the paper's values, and what results/JOB/{proven,estimate}/summary.json found."""
     lines = [
         "| job | | paper: clean / PGD / certified (estimate) | here: clean / PGD | certified, proven "
         "| certified, estimate | remarks |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in PAPER:
+    for row in ROWS:
         paths = [results / row.job / kind / "summary.json" for kind in ("proven", "estimate")]
         try:
-            found = _table_cells(row, [json.loads(path.read_text()) for path in paths if path.is_file()])
+            summaries = [json.loads(path.read_text()) for path in paths if path.is_file()]
+            found = _table_cells(row, summaries, read_epochs(results / row.job))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"a summary.json below {results / row.job} is damaged: {error!r}") from None
-        cells = [f"`{row.job}`", row.title, " / ".join(f"{p:.1f}" for p in row.accuracy), *found]
+        paper = "not of the paper" if row.paper is None else " / ".join(f"{p:.1f}" for p in row.paper)
+        cells = [f"`{row.job}`", row.title, paper, *found]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _table_cells(row: Published, summaries: list[dict]) -> list[str]:
+def _table_cells(row: Row, summaries: list[dict], epochs: list[dict[str, float]]) -> list[str]:
     if not summaries:
         return ["not run", "", "", ""]
     clean, pgd = (_percent(summaries[0], name) for name in ("clean", "pgd"))
@@ -385,6 +398,9 @@ def _table_cells(row: Published, summaries: list[dict]) -> list[str]:
     remarks = dict.fromkeys(remark for summary in summaries for remark in _remarks(row, summary))
     if len({summary["checkpoint"]["sha256"] for summary in summaries}) > 1:
         remarks["the columns are of different checkpoints"] = None
+    if epochs:
+        seconds = [epoch["seconds"] for epoch in epochs]
+        remarks[f"trained in {sum(seconds) / 3600:.1f} h, {np.median(seconds):.0f} s an epoch"] = None
     return [
         f"{clean} / {pgd}",
         *(certified.get(kind, "not run") for kind in ("proven", "estimate")),
@@ -396,7 +412,7 @@ def _percent(summary: dict, name: str) -> str:
     return f"{summary['accuracy'][name]['percent']:.1f}"
 
 
-def _remarks(row: Published, summary: dict) -> list[str]:
+def _remarks(row: Row, summary: dict) -> list[str]:
     """What a reader has to know before comparing with the paper."""
     training, certificate = summary["checkpoint"]["training"] or {}, summary["certificate"]
     width, epochs = summary["arguments"]["width"], training.get("epochs")
@@ -418,9 +434,66 @@ def _remarks(row: Published, summary: dict) -> list[str]:
     return remarks
 
 
+# Columns of a training log that are read here.
+_ERRORS = ("clean_error", "certified_error", "validation_clean_error", "validation_certified_error")
+_LOGGED = ("epoch", "epsilon", "seconds", *_ERRORS)
+
+
+def read_epochs(folder: Path) -> list[dict[str, float]]:
+    """The rows of a training log that was copied to folder/epochs.csv; none if it was not.
+
+    Raises:
+        InputError: if it is no training log.
+    """
+    path = folder / "epochs.csv"
+    if not path.is_file():
+        return []
+    try:
+        with path.open(newline="") as file:
+            return [{name: float(row[name]) for name in _LOGGED} for row in csv.DictReader(file)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no training log: {error!r}") from None
+
+
+def draw_training(epochs: list[dict[str, float]], row: Row, path: Path) -> None:
+    """Draw a training: accuracies on the training and the validation images by epoch, and epsilon's rise.
+
+    epochs: rows of a training log. path: of the PNG.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    numbers = [epoch["epoch"] for epoch in epochs]
+    for name, label, color in (("clean", "clean", INK), ("certified", "certified, estimate", LOCAL)):
+        for prefix, style, images in (("validation_", "-", f"at ε = {row.epsilon:.4g}"), ("", ":", "in training")):
+            accuracy = [100 * (1 - epoch[f"{prefix}{name}_error"]) for epoch in epochs]
+            where = images if name == "certified" or prefix == "" else "validation"
+            axes.plot(numbers, accuracy, style, color=color, linewidth=2 if prefix else 1.4, label=f"{label}, {where}")
+    if row.paper is not None:
+        for accuracy, color in ((row.paper[0], INK), (row.paper[2], LOCAL)):
+            axes.axhline(accuracy, color=color, linewidth=0.8, linestyle="--", alpha=0.6)
+            axes.annotate(
+                f"paper {accuracy:.1f}",
+                (1, accuracy),
+                xycoords=("axes fraction", "data"),
+                xytext=(-2, 3),
+                textcoords="offset points",
+                ha="right",
+                fontsize=8,
+                color=color,
+            )
+    full = next((epoch["epoch"] for epoch in epochs if epoch["epsilon"] == epochs[-1]["epsilon"]), numbers[-1])
+    axes.axvspan(numbers[0], full, color=GLOBAL, alpha=0.1, linewidth=0, label="ε rises")
+    axes.set(xlim=(numbers[0], numbers[-1]), ylim=(0, 100), xlabel="epoch", ylabel="accuracy (%)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_title(f"{row.title}: {len(epochs)} of {row.epochs} epochs", loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=8)
+    _tidy(axes)
+    _save(figure, path)
+
+
 def main() -> None:
-    """Print the table and put it into the README between its two marks."""
-    utils.ArgumentParser("Put all summaries below results/ into the table of the README.").parse_args()
+    """Print the table, put it into the README between its two marks, and draw the trainings."""
+    text = "Put all summaries below results/ into the table of the README, and draw results/JOB/epochs.csv."
+    utils.ArgumentParser(text).parse_args()
     here = Path(__file__).resolve().parent
     readme = here / "README.md"
     text = readme.read_text()
@@ -429,6 +502,10 @@ def main() -> None:
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     new = table(here / "results")
+    for row in ROWS:
+        epochs = read_epochs(here / "results" / row.job)
+        if epochs:
+            draw_training(epochs, row, here / "results" / row.job / "training.png")
     utils.write_atomically(readme, lambda temporary: temporary.write_text(f"{before}{BEGIN}\n{new}\n{END}{after}"))
     print(new)
 

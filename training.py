@@ -130,12 +130,15 @@ class RobustLoss(nn.Module):
         self.model, self.norms, self.rounds, self.gloro, self.sparse = model, norms, rounds, gloro, sparse
         self.sparse_threshold = sparse_threshold if sparse else None
 
-    def forward(self, x: Tensor, y: Tensor, epsilon: float, kappa: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, y: Tensor, epsilon: float, kappa: float, box: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Mean loss over the batch, logits (N, K) and worst-case logits (N, K). x: (N, C, H, W), y: (N,).
 
-        kappa: weight of the clean loss in the BCP loss.
+        kappa: weight of the clean loss in the BCP loss. box: see `propagate`.
         """
-        bound = propagate(self.model, x, epsilon, self.norms, sparse_threshold=self.sparse_threshold)
+        sparse_threshold = self.sparse_threshold if box else None
+        bound = propagate(self.model, x, epsilon, self.norms, sparse_threshold=sparse_threshold, box=box)
         worst = worst_logits(bound, y, self.rounds)
         clean = bound.logits
         loss = gloro_loss(clean, worst, y) if self.gloro else bcp_loss(clean, worst, y, kappa)
@@ -159,17 +162,21 @@ class Step:
         self._clipped = [layer for layer in loss.modules() if isinstance(layer, utils.ReLU_x)]
 
     def __call__(
-        self, x: Tensor, y: Tensor, indices: Tensor, epsilon: float, kappa: float, weight: float = 1.0
+        self, x: Tensor, y: Tensor, indices: Tensor, epsilon: float, kappa: float, weight: float = 1.0, box: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the loss returned on the batch before the step. indices: (N,) rows of the stored vectors."""
-        self.norms.local_vectors = self.stored.read(indices)
-        loss, logits, worst = self.loss(x, y, epsilon, kappa)
+        """What the loss returned on the batch before the step. indices: (N,) rows of the stored vectors.
+
+        box: see `propagate`; without a box the stored vectors are left alone.
+        """
+        self.norms.local_vectors = self.stored.read(indices) if box else {}
+        loss, logits, worst = self.loss(x, y, epsilon, kappa, box)
         self.optimizer.zero_grad()
         (weight * loss).backward()
         self.optimizer.step()
         for layer in self._clipped:
             layer.project()
-        self.stored.write(indices, self.norms.local_vectors)
+        if box:
+            self.stored.write(indices, self.norms.local_vectors)
         return loss.detach(), logits.detach(), worst.detach()
 
 
@@ -202,7 +209,7 @@ def run(args: argparse.Namespace) -> None:
         device = distributed.select_device(args.device)
         torch.manual_seed(args.seed)
         classes = count_classes(args.data, args.data_dir)
-        model = utils.select_model(args.data, args.model, args.init, args.width, classes)
+        model = utils.select_model(args.data, args.model, args.init, args.width, classes, args.orthogonal)
         # On a CPU a 3x3 convolution of 32 channels takes half the time in this order.
         model = model.to(device, memory_format=torch.channels_last)
         with distributed.one_per_machine_first():
@@ -253,7 +260,8 @@ class _Run:
         _refuse_unknown_positions(args.indices, model)
         # On a GPU the iterations that skipping saves are cheaper than finding out which.
         skip = self.device.type == "cpu"
-        self.norms = PowerIteration(args.sniter, seed=args.seed, local_positions=args.indices, skip_idle_masks=skip)
+        local_positions = args.indices if args.global_epochs < args.epochs else []
+        self.norms = PowerIteration(args.sniter, seed=args.seed, local_positions=local_positions, skip_idle_masks=skip)
         self.epoch = 0
         self.best_error = math.inf
         self.rows: list[dict[str, Any]] = []
@@ -268,7 +276,7 @@ class _Run:
             RobustLoss(model, self.norms, args.opt_iter, args.gloro, args.sparse, args.sp_thres), args.ddp
         )
         image, _, _ = next(training_set[:1].batches(1))
-        layout = Layout.of(model, image, args.indices)
+        layout = Layout.of(model, image, local_positions)
         self.step = Step(loss, self.norms, self._make_room(layout), self.optimizer)
         pays = layout.activations * len(training_set) * (args.epochs - self.epoch) >= COMPILE_FROM
         if args.compile == "yes" or (args.compile == "auto" and pays):
@@ -288,10 +296,13 @@ class _Run:
             for epoch in range(first, args.epochs):
                 started = time.perf_counter()
                 self.norms.iterations = max(args.sniter, RESUME_ITERATIONS) if 0 < epoch == first else args.sniter
-                row = self._train_epoch(epoch, bar) | self._validate()
+                row = self._train_epoch(epoch, bar) | self._validate(self._has_box(epoch))
                 row["seconds"] = round(time.perf_counter() - started, 2)
                 self._finish_epoch(epoch, row)
         distributed.say(f"best certified error {self.best_error:.2%}: {self.files.best}")
+
+    def _has_box(self, epoch: int) -> bool:
+        return epoch >= self.args.global_epochs
 
     def _train_epoch(self, epoch: int, bar: tqdm) -> dict[str, Any]:
         bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}")
@@ -306,7 +317,7 @@ class _Run:
         for batch, (x, y, indices) in enumerate(batches):
             moment = epoch + batch / self.batches
             epsilon, kappa = self.schedule.epsilon_at(moment), self.schedule.kappa_at(moment)
-            loss, logits, worst = self.step(x, y, indices, epsilon, kappa, self.weights[batch])
+            loss, logits, worst = self.step(x, y, indices, epsilon, kappa, self.weights[batch], self._has_box(epoch))
             tally.add(loss, logits, worst, y)
             non_finite = torch.where(loss.isfinite(), non_finite, non_finite.clamp(max=batch))
             bar.update()
@@ -334,7 +345,7 @@ class _Run:
             )
 
     @torch.no_grad()
-    def _validate(self) -> dict[str, float]:
+    def _validate(self, box: bool) -> dict[str, float]:
         self.model.eval()
         tally = Tally(self.device)
         norms = PowerIteration(
@@ -342,7 +353,7 @@ class _Run:
         )
         for x, y, _ in self.validation_set.batches(self.args.test_batch_size):
             norms.local_vectors = {}
-            bound = propagate(self.model, x, self.args.epsilon, norms)
+            bound = propagate(self.model, x, self.args.epsilon, norms, box=box)
             worst = worst_logits(bound, y, self.args.test_opt_iter)
             tally.add(torch.zeros_like(bound.radius[0]), bound.logits, worst, y)
         _, clean, certified = tally.of_all_processes().means()

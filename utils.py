@@ -198,7 +198,11 @@ _8C2F = Architecture(
     (256,),
 )
 _8C2F_THRESHOLDS = tuple((start, -start) for start in (0.8, 1.0, 1.4, 1.4, 1.4, 1.6, 2.0, 3.0, 1.6))
-_MNIST = {"relux": _4C3F, "standrelu": replace(_4C3F, activation="relu")}
+_MNIST = {
+    "relux": _4C3F,
+    "standrelu": replace(_4C3F, activation="relu"),
+    "c4f3_clmaxmin": replace(_4C3F, activation="clmaxmin", thresholds=((1.0, -1.0),) * 6),
+}
 MODELS = {
     "mnist": _MNIST,
     "digits": _MNIST,
@@ -216,7 +220,12 @@ MODELS = {
 
 
 def select_model(
-    data: str, model: str, init: float = 1.0, width: float = 1.0, classes: int | None = None
+    data: str,
+    model: str,
+    init: float = 1.0,
+    width: float = 1.0,
+    classes: int | None = None,
+    orthogonal: bool = False,
 ) -> nn.Sequential:
     """The network of a published name for a data set, freshly initialised, on the CPU.
 
@@ -224,12 +233,15 @@ def select_model(
 
     Args:
         data: `mnist`, `digits`, `cifar10` or `tinyimagenet`.
-        model: `relux` (4C3F with clipped ReLU) or `standrelu` (plain ReLU, 4C3F or for CIFAR-10 6C2F); for CIFAR-10
-            also `c6f2_relux` (6C2F with clipped ReLU) and `c6f2_clmaxmin` (6C2F with clipped MaxMin); for Tiny ImageNet
+        model: `relux` (4C3F with clipped ReLU) or `standrelu` (plain ReLU, 4C3F or for CIFAR-10 6C2F); for MNIST also
+            `c4f3_clmaxmin` (4C3F with clipped MaxMin, thresholds at +-1), which is no published one; for CIFAR-10 also
+            `c6f2_relux` (6C2F with clipped ReLU) and `c6f2_clmaxmin` (6C2F with clipped MaxMin); for Tiny ImageNet
             `tinyimagenet_relux` and `tiny_clmaxmin` (8C2F with either).
         init: start value of the thresholds of clipped ReLU; those of clipped MaxMin are the published ones.
         width: fraction of the published number of channels and hidden units.
         classes: number of logits; default: the data set's.
+        orthogonal: draw the hidden layers' weights orthogonal instead, the kernels of a convolution as a matrix, with
+            spectral norms of about 1.
 
     Raises:
         InputError: for a name that does not exist or a width that leaves no channels.
@@ -251,7 +263,11 @@ def select_model(
     for number, (out_channels, kernel, stride, padding) in enumerate(architecture.convolutions):
         out_channels = scaled(out_channels)
         conv = nn.Conv2d(channels, out_channels, kernel, stride, padding)
-        nn.init.normal_(conv.weight, 0.0, math.sqrt(2.0 / (kernel * kernel * out_channels)))
+        if orthogonal:
+            # The taps that an output sees add up to at most kernel / stride times the norm of the kernels as a matrix.
+            nn.init.orthogonal_(conv.weight, gain=stride / kernel)
+        else:
+            nn.init.normal_(conv.weight, 0.0, math.sqrt(2.0 / (kernel * kernel * out_channels)))
         nn.init.zeros_(conv.bias)
         channels = out_channels
         size = [(s + 2 * padding - kernel) // stride + 1 for s in size]
@@ -260,7 +276,10 @@ def select_model(
     features = channels * math.prod(size)
     for number, units in enumerate(architecture.hidden, start=len(architecture.convolutions)):
         units = scaled(units)
-        layers += [nn.Linear(features, units), architecture.make_activation(number, (units,), init)]
+        dense = nn.Linear(features, units)
+        if orthogonal:
+            nn.init.orthogonal_(dense.weight)
+        layers += [dense, architecture.make_activation(number, (units,), init)]
         features = units
     layers.append(nn.Linear(features, classes or CLASSES[data]))
     return nn.Sequential(*layers)
@@ -415,12 +434,16 @@ def training_arguments(
     flag("--sniter", type=positive_int, help="power iterations per training step")
     indices = "positions of the layers that train with local norms, e.g. 0,6,12; the others have global ones"
     flag("--indices", type=positions, help=f"{indices}; default: all are local")
+    alone = "first so many epochs with the ball alone: no box, global norms, a fraction of the time (GloRo's bound)"
+    flag("--global_epochs", type=natural_int, default=0, help=alone)
     flag("--sparse", type=natural_float, default=0.0, help="weight of the sparsity loss")
     flag("--sp_thres", type=natural_float, default=0.1, help="its weight for thresholds of clipped ReLU, beside 0")
     flag("--test_sniter", type=positive_int, default=20, help="power iterations per validated batch")
     flag("--opt_iter", type=positive_int, default=1, help="rounds of pinning for the worst-case logits")
     flag("--test_opt_iter", type=positive_int, default=1000, help="the same in validation")
     flag("--init", type=natural_float, help="start value of the thresholds of clipped ReLU")
+    orthogonal = "start hidden layers with orthogonal weights of spectral norm about 1, not with the published ones"
+    flag("--orthogonal", action="store_true", help=orthogonal)
     flag("--batch_size", type=positive_int, default=256, help="images per step and process")
     compiles = (
         "compile element-wise work, which takes up to a minute and a C++ compiler; auto: if the run is long enough"
@@ -445,8 +468,8 @@ def training_arguments(
     args.prefix = args.prefix or f"{args.data}_{args.model}"
     if args.more is None:
         args.more = round(25 * args.epochs / defaults["epochs"])
-    args.epochs, args.warmup, args.rampup, args.more = (
-        round(n * args.scale) for n in (args.epochs, args.warmup, args.rampup, args.more)
+    args.epochs, args.warmup, args.rampup, args.more, args.global_epochs = (
+        round(n * args.scale) for n in (args.epochs, args.warmup, args.rampup, args.more, args.global_epochs)
     )
     if args.epochs < max(1, args.warmup + args.rampup):
         raise InputError(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import report
-from report import CERTIFIED_MULTIPLES, PAPER, PGD_MULTIPLES, Outcome, wilson_interval
+from report import CERTIFIED_MULTIPLES, PGD_MULTIPLES, ROWS, Outcome, wilson_interval
 from utils import InputError
 
 examples = settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -334,8 +334,8 @@ def row(repository, job="cifar10-6c2f"):
 
 def test_a_row_that_was_never_run_says_so(repository, finish):
     finish("cifar10-6c2f")
-    for published in PAPER:
-        assert ("| not run |  |  |  |" in row(repository, published.job)) == (published.job != "cifar10-6c2f")
+    for line in ROWS:
+        assert ("| not run |  |  |  |" in row(repository, line.job)) == (line.job != "cifar10-6c2f")
 
 
 def cells(repository):
@@ -365,6 +365,53 @@ def test_an_estimate_of_less_effort_and_a_certificate_for_valid_images_only_are_
     assert "estimate by 100 power iterations" in row(repository)
 
 
+def test_a_recipe_that_is_not_the_papers_has_no_published_values(repository, finish):
+    finish("mnist-4c3f-maxmin")
+    assert "| not of the paper | 71.2 / 65.0 |" in row(repository, "mnist-4c3f-maxmin")
+
+
+EPOCHS = """\
+epoch,epsilon,lr,loss,clean_error,certified_error,validation_clean_error,validation_certified_error,seconds
+1,0.79,0.001,0.6,0.07,0.2,0.04,1.0,1800
+2,1.58,0.001,1.1,0.08,0.5,0.08,0.6,3600
+3,1.58,0.001,1.0,0.07,0.4,0.07,0.5,1800
+"""
+
+
+def test_a_training_log_beside_the_reports_gives_the_time_and_a_picture(repository, finish, capsys):
+    finish("mnist-4c3f")
+    folder = repository / "results" / "mnist-4c3f"
+    (folder / "epochs.csv").write_text(EPOCHS)
+    report.main()
+    assert "trained in 2.0 h, 1800 s an epoch" in row(repository, "mnist-4c3f")
+    assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in (repository / "results").rglob("*.png")] == ["training.png"]
+
+
+def test_the_drawn_training_shows_the_logged_accuracies_and_the_papers(repository, finish, monkeypatch):
+    folder = repository / "results" / "mnist-4c3f"
+    folder.mkdir(parents=True)
+    (folder / "epochs.csv").write_text(EPOCHS)
+    figures = []
+    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
+    report.main()
+    (axes,) = figures[0].axes
+    curves = [curve.get_ydata() for curve in axes.lines]
+    for accuracies in ([96, 92, 93], [0, 40, 50], [93, 92, 93], [80, 50, 60]):
+        assert any(len(curve) == 3 and curve == pytest.approx(accuracies) for curve in curves)
+    assert {text.get_text() for text in axes.texts} == {"paper 96.3", "paper 55.8"}
+    report.plt.close(figures[0])
+
+
+@pytest.mark.parametrize("damage", [("0.79", "much"), ("epsilon", "radius"), (",1800", "")])
+def test_a_damaged_training_log_is_refused(repository, finish, damage):
+    folder = repository / "results" / "mnist-4c3f"
+    folder.mkdir(parents=True)
+    (folder / "epochs.csv").write_text(EPOCHS.replace(*damage))
+    with pytest.raises(InputError, match=r"epochs\.csv is no training log"):
+        report.main()
+
+
 def test_a_scaled_run_is_called_so(repository, finish):
     finish(epochs=40)
     assert "a scaled run: 40 of 800 epochs" in row(repository)
@@ -392,7 +439,7 @@ def test_a_run_with_another_radius_or_width_does_not_pass_for_the_papers(reposit
 def test_every_line_of_the_table_has_the_same_columns(repository, finish):
     finish("cifar10-6c2f-maxmin", images=500, epochs=40)
     lines = report.table(repository / "results").splitlines()
-    assert len(lines) == 2 + len(PAPER)
+    assert len(lines) == 2 + len(ROWS)
     assert len({line.count("|") for line in lines}) == 1
 
 
@@ -421,4 +468,4 @@ def test_a_readme_without_the_marks_is_refused_and_left_alone(repository, mark):
 
 def test_the_jobs_of_the_table_are_those_of_the_script():
     jobs = (ROOT / "run_job.sh").read_text()
-    assert all(f"    {row.job}) " in jobs and f"    evaluate-{row.job}) " in jobs for row in PAPER)
+    assert all(f"    {row.job}) " in jobs and f"    evaluate-{row.job}) " in jobs for row in ROWS)
