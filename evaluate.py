@@ -36,8 +36,8 @@ def arguments(defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
     parser = utils.ArgumentParser(__doc__)
     add_model_flags(parser)
     flag = parser.add_argument
-    certificate = "upper bounds on all norms, or the published protocol, whose norms are estimates from below"
-    flag("--certificate", choices=["proven", "estimate"], default="proven", help=certificate)
+    certificate = "upper bounds on all norms, the published protocol, whose norms are estimates from below, or both"
+    flag("--certificate", choices=["proven", "estimate", "both"], default="proven", help=certificate)
     seed = "of the random start vectors of a proven certificate; default: from the operating system"
     flag("--certificate_seed", type=utils.natural_int, help=seed)
     deployed = "what a proven certificate is for: the exact function, or what the network computes in float32"
@@ -45,7 +45,12 @@ def arguments(defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
     flag("--clip", action="store_true", help="certify against valid images only, with pixels in [0, 1]")
     flag("--test_sniter", type=utils.positive_int, default=2000, help="power iterations per norm of an estimate")
     flag("--test_opt_iter", type=utils.positive_int, default=1000, help="rounds of pinning of an estimate")
-    flag("--out", help="folder for the report: a CSV row per image, summary.json and pictures")
+    curve = "test images, the first so many in whole batches, that the curves over the radius are made of"
+    flag("--curve_images", type=utils.positive_int, default=1000, help=curve)
+    out = (
+        "folder for the report: a CSV row per image, summary.json and pictures; below it, proven/ and estimate/ of both"
+    )
+    flag("--out", help=out)
     flag("--overwrite", action="store_true", help="replace a report that --out has already")
     parser.set_defaults(**(defaults or {}))
     args = parser.parse_args()
@@ -168,8 +173,10 @@ class Proven:
 
     def __init__(self, model: nn.Sequential, args: argparse.Namespace, images: int):
         self.model, self.args, self.clip = copy.deepcopy(model).double(), args, clip_range(args)
-        radii = len(CERTIFIED_MULTIPLES) + 1 if args.out else 1
-        planned = images * len(self.model) * len(STAGES) * radii
+        asked = images + len(CERTIFIED_MULTIPLES) * (
+            min(images, args.curve_images + args.test_batch_size) if args.out else 0
+        )
+        planned = asked * len(self.model) * len(STAGES)
         compares = args.clip or args.deployed != "exact"
         probability = args.failure_probability / (2 if compares else 1) / distributed.processes()
         seed = None if args.certificate_seed is None else args.certificate_seed + 2 * distributed.rank()
@@ -231,32 +238,36 @@ def clip_range(args: argparse.Namespace) -> tuple[float, float] | None:
 
 
 def evaluate(
-    model: nn.Sequential, images: ImageSet, args: argparse.Namespace, certificate: Estimate | Proven
-) -> Outcome:
-    """Evaluate a model in eval mode on all images, as `args` say; both on one device.
+    model: nn.Sequential, images: ImageSet, args: argparse.Namespace, certificates: Sequence[Estimate | Proven]
+) -> list[Outcome]:
+    """Evaluate a model in eval mode on all images, as `args` say; both on one device. One outcome per certificate.
 
-    Several processes share the images out among them, and each returns the outcome of all.
+    Several processes share the images out among them, and each returns the outcomes of all.
     """
-    own, parts = distributed.shard(images), []
+    own, parts, done = distributed.shard(images), [], 0
     quiet = None if distributed.is_main() else True
     with tqdm(total=len(own), unit="image", disable=quiet, dynamic_ncols=True) as bar:
         for x, y, _ in own.batches(args.test_batch_size):
-            parts.append(evaluate_batch(model, x, y, args, certificate))
+            curve = bool(args.out) and done * distributed.processes() < args.curve_images
+            parts.append(evaluate_batch(model, x, y, args, certificates, curve))
+            done += len(x)
             bar.update(len(x))
-            bar.set_postfix(certificate.progress())
+            bar.set_postfix(certificates[0].progress())
     # The parts of the processes one after the other, then every image in its place.
-    outcome = Outcome.concatenate([part for of_process in distributed.gather(parts) for part in of_process])
-    return outcome.take(np.argsort(np.concatenate(distributed.places(len(images)))))
+    parts = [part for of_process in distributed.gather(parts) for part in of_process]
+    order = np.argsort(np.concatenate(distributed.places(len(images))))
+    return [Outcome.concatenate(of_certificate).take(order) for of_certificate in zip(*parts)]
 
 
 def evaluate_batch(
-    model: nn.Sequential, x: Tensor, y: Tensor, args: argparse.Namespace, certificate: Estimate | Proven
-) -> Outcome:
-    """Everything about one batch. x: (N, C, H, W), y: (N,)."""
-    with torch.no_grad():
-        logits = model(x)
-        found = certificate(x, y) | {"label": y, "prediction": logits.argmax(dim=1), "clean": right(logits, y)}
-    clean, certified = found["clean"], found["worst_margin"] > 0
+    model: nn.Sequential,
+    x: Tensor,
+    y: Tensor,
+    args: argparse.Namespace,
+    certificates: Sequence[Estimate | Proven],
+    curve: bool = False,
+) -> list[Outcome]:
+    """Everything about one batch, for each certificate. x: (N, C, H, W), y: (N,). curve: also at the other radii."""
 
     def survives(places: Tensor, multiple: float) -> Tensor:
         steps = PGD_STEPS if multiple == 1 else PGD_CURVE_STEPS
@@ -264,19 +275,33 @@ def evaluate_batch(
         with torch.no_grad():
             return right(model(attacked), y[places])
 
-    def certifies(places: Tensor, multiple: float) -> Tensor:
-        with torch.no_grad():
-            return certificate.at(x[places], y[places], multiple * args.epsilon)
+    with torch.no_grad():
+        logits = model(x)
+    clean = right(logits, y)
+    survived = ask(clean, lambda places: survives(places, 1))
+    attacked = {
+        "label": y.cpu().numpy(),
+        "prediction": logits.argmax(dim=1).cpu().numpy(),
+        "clean": clean.cpu().numpy(),
+        "pgd": survived.cpu().numpy(),
+        "pgd_over_radius": over_radius(clean, survived, survives, PGD_MULTIPLES, curve),
+    }
+    return [Outcome(**attacked, **_certified(x, y, args, certificate, curve)) for certificate in certificates]
 
-    pgd_survived = ask(clean, lambda places: survives(places, 1))
-    pgd_multiples, certified_multiples = (m if args.out else [] for m in (PGD_MULTIPLES, CERTIFIED_MULTIPLES))
-    return Outcome(
-        **{name: column.cpu().numpy() for name, column in found.items()},
-        certified=certified.cpu().numpy(),
-        pgd=pgd_survived.cpu().numpy(),
-        pgd_over_radius=over_radius(clean, pgd_survived, survives, pgd_multiples),
-        certified_over_radius=over_radius(found["margin"] > 0, certified, certifies, certified_multiples),
-    )
+
+@torch.no_grad()
+def _certified(
+    x: Tensor, y: Tensor, args: argparse.Namespace, certificate: Estimate | Proven, curve: bool
+) -> dict[str, np.ndarray]:
+    def certifies(places: Tensor, multiple: float) -> Tensor:
+        return certificate.at(x[places], y[places], multiple * args.epsilon)
+
+    found = certificate(x, y)
+    found["certified"] = found["worst_margin"] > 0
+    known = found["margin"] > 0, found["certified"]
+    certified_over_radius = over_radius(*known, certifies, CERTIFIED_MULTIPLES, curve)
+    columns = {name: column.cpu().numpy() for name, column in found.items()}
+    return columns | {"certified_over_radius": certified_over_radius}
 
 
 def ask(asked: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:
@@ -288,24 +313,28 @@ def ask(asked: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def over_radius(
-    at_zero: Tensor, at_epsilon: Tensor, answer: Callable[[Tensor, float], Tensor], multiples: Sequence[float]
+    at_zero: Tensor,
+    at_epsilon: Tensor,
+    answer: Callable[[Tensor, float], Tensor],
+    multiples: Sequence[float],
+    curve: bool = True,
 ) -> np.ndarray:
-    """(N, R) bool at R rising multiples of epsilon: for which images `answer` is yes, asked outwards from epsilon.
+    """For which images `answer` is yes at R rising multiples of epsilon, asked outwards from epsilon: (N, R) 0 or 1.
 
     What holds in a ball holds in every smaller one, so an image is asked about only where that leaves it open. An
     attack that fails at epsilon is taken to fail at smaller radii.
 
-    at_zero, at_epsilon: (N,) bool, the answers there.
+    at_zero, at_epsilon: (N,) bool, the answers there. curve: False asks nothing and gives NaN.
     """
+    if not curve:
+        return np.full((len(at_zero), len(multiples)), np.nan)
     columns = {0.0: at_zero, 1.0: at_epsilon}
-    inner = at_epsilon
+    inner = outer = at_epsilon
     for m in sorted((m for m in multiples if 0 < m < 1), reverse=True):
         columns[m] = inner = inner | ask(at_zero & ~inner, lambda places, m=m: answer(places, m))
-    outer = at_epsilon
     for m in sorted(m for m in multiples if m > 1):
         columns[m] = outer = ask(outer, lambda places, m=m: answer(places, m))
-    asked = [columns[float(m)] for m in multiples]
-    return by_column(asked, at_zero).cpu().numpy()
+    return torch.stack([columns[float(m)] for m in multiples], dim=1).double().cpu().numpy()
 
 
 def right(logits: Tensor, y: Tensor) -> Tensor:
@@ -335,11 +364,6 @@ def global_radius(model: nn.Sequential, logits: Tensor, y: Tensor, lipschitz: Te
     return radii.amin(dim=1).clamp(min=0)
 
 
-def by_column(columns: list[Tensor], like: Tensor) -> Tensor:
-    """(N, R) from R tensors (N,), also where R is 0."""
-    return torch.stack(columns, dim=1) if columns else like.new_zeros(len(like), 0, dtype=torch.bool)
-
-
 def find_checkpoint(saved_model: str) -> Path:
     """The file of that name, or the best checkpoint of the run with that prefix."""
     for path in (Path(saved_model), Path(saved_model + "_best.pth")):
@@ -352,48 +376,53 @@ def main(defaults: Mapping[str, Any] | None = None) -> None:
     args = arguments(defaults)
     with distributed.process_group(args.device):
         found = _evaluate_checkpoint(args)
-    if found is not None:
-        _complain_of_broken_certificates(found, args)
+    broken = [_complain_of_broken_certificates(outcome, kind) for kind, outcome in found.items()]
+    if any(broken):
+        sys.exit(1)
 
 
-def _evaluate_checkpoint(args: argparse.Namespace) -> Outcome | None:
-    """Evaluate, print and write the report; returns the outcome in the process that does so."""
+def _evaluate_checkpoint(args: argparse.Namespace) -> dict[str, Outcome]:
+    """Evaluate, print and write reports; returns the outcome by the certificate's kind in the process that does so."""
     model, images, path, checkpoint = load(args)
-    if args.out and distributed.is_main():
-        utils.check_writable(Path(args.out))
-        if (Path(args.out) / "summary.json").exists() and not args.overwrite:
-            raise InputError(f"{args.out} has a report already; choose another --out, or --overwrite")
+    both = args.certificate == "both"
+    kinds = ["proven", "estimate"] if both else [args.certificate]
+    folders = [Path(args.out) / kind if both else Path(args.out) for kind in kinds if args.out]
+    for folder in folders if distributed.is_main() else []:
+        utils.check_writable(folder)
+        if (folder / "summary.json").exists() and not args.overwrite:
+            raise InputError(f"{folder} has a report already; choose another --out, or --overwrite")
 
     torch.manual_seed(args.seed + distributed.rank())
     started = time.perf_counter()
     own = len(distributed.shard(images))
-    certificate = Proven(model, args, own) if args.certificate == "proven" else Estimate(model, args)
-    outcome = evaluate(model, images, args, certificate)
-    certified_by = certificate.describe()
+    certificates = [Proven(model, args, own) if kind == "proven" else Estimate(model, args) for kind in kinds]
+    outcomes = evaluate(model, images, args, certificates)
+    certified_by = [certificate.describe() for certificate in certificates]
     if not distributed.is_main():
-        return None
+        return {}
     seconds = time.perf_counter() - started
-    summary = report.summarize(outcome, args, path, checkpoint.get("arguments"), certified_by, seconds)
-    print(report.as_text(summary))
-    if args.out:
-        for written in report.write(Path(args.out), outcome, summary):
-            print(written)
-    return outcome
+    for number, (outcome, how) in enumerate(zip(outcomes, certified_by)):
+        summary = report.summarize(outcome, args, path, checkpoint.get("arguments"), how, seconds)
+        print(report.as_text(summary))
+        if args.out:
+            for written in report.write(folders[number], outcome, summary):
+                print(written)
+    return dict(zip(kinds, outcomes))
 
 
-def _complain_of_broken_certificates(outcome: Outcome, args: argparse.Namespace) -> None:
+def _complain_of_broken_certificates(outcome: Outcome, kind: str) -> bool:
     broken = np.flatnonzero(outcome.certified & ~outcome.pgd)
     if len(broken):
         print(
             f"BROKEN CERTIFICATE: PGD changed the label of {len(broken)} certified images, {broken[:20].tolist()}. "
             + (
                 "The norms are estimates from below; evaluate with --certificate proven."
-                if args.certificate == "estimate"
+                if kind == "estimate"
                 else "A proven certificate must never break: please report this with the seed in summary.json."
             ),
             file=sys.stderr,
         )
-        sys.exit(1)
+    return bool(len(broken))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils import first_line
-
 Threshold = Tensor | float
 Ends = tuple[Tensor, Tensor, Tensor]  # centre of the ball, lower and upper ends of the box; (N, ...) each
 
@@ -89,7 +87,7 @@ def through_activation(stack: Tensor, half: Tensor, reach: Tensor, clip: Clip) -
 
 
 def activation(x: Tensor, clip: Clip) -> Tensor:
-    """What an activation makes of a ball's centre alone. x: (N, C, ...) with C even for pairs."""
+    """What an activation makes of a tensor alone. x: (N, C, ...) with C even for pairs."""
     return _PASSES["activation"](x, clip.low, clip.high, clip.pairs)
 
 
@@ -100,7 +98,8 @@ def compile_activations() -> None:
     """
     # Convolutions and dense layers, first layers and last batches: each may get a version of its own.
     torch._dynamo.config.recompile_limit = 32
-    _PASSES.update({name: _compiled(function) for name, function in _PLAIN_PASSES.items()})
+    to_compile = {"activation": _clipped, "forward": _forward, "backward": _backward}
+    _PASSES.update({name: _compiled(function) for name, function in to_compile.items()})
 
 
 def _entries(x: Tensor) -> Tensor:
@@ -114,14 +113,6 @@ def _as_before(x: Tensor, like: Tensor) -> Tensor:
 
 
 # --- the formulas, for tensors of (N, entries, C) --------------------------------------------------------------------
-
-
-def _activation(x: Tensor, low: Threshold, high: Threshold, pairs: bool) -> Tensor:
-    """For x of any shape: (N, C, ...)."""
-    if not pairs:
-        return _clip(x, low, high)
-    a, b = x.chunk(2, dim=1)
-    return torch.cat([torch.minimum(torch.maximum(a, b), high), torch.maximum(torch.minimum(a, b), low)], dim=1)
 
 
 def _forward(
@@ -205,6 +196,14 @@ def _cut_backward(grads: Ends, stack: Tensor, half: Tensor, reach: Tensor) -> tu
     return grad_stack, box_upper - box_lower, (ball_upper - ball_lower).sum_to_size(len(half), *reach.shape[1:])
 
 
+def _clipped(x: Tensor, low: Threshold, high: Threshold, pairs: bool) -> Tensor:
+    """The activation of x (N, C, ...)."""
+    if not pairs:
+        return _clip(x, low, high)
+    a, b = x.chunk(2, dim=1)
+    return torch.cat([torch.minimum(torch.maximum(a, b), high), torch.maximum(torch.minimum(a, b), low)], dim=1)
+
+
 def _clip(x: Tensor, low: Threshold, high: Threshold) -> Tensor:
     x = torch.maximum(x, low) if isinstance(low, Tensor) else x.clamp(min=low)
     return torch.minimum(x, high) if isinstance(high, Tensor) else x.clamp(max=high)
@@ -221,7 +220,39 @@ def _join(first: Tensor, second: Tensor) -> Tensor:
 
 # --- their autograd function -----------------------------------------------------------------------------------------
 
-_PLAIN_PASSES = {"activation": _activation, "forward": _forward, "backward": _backward}
+
+class _Activation(torch.autograd.Function):
+    """`_clipped` with the gradients written out: autograd looks for ties to share them out, which takes much longer."""
+
+    @staticmethod
+    def forward(ctx, x, low, high, pairs):  # noqa: ANN001, ANN205
+        ctx.numbers, ctx.pairs = [None if isinstance(t, Tensor) else t for t in (low, high)], pairs
+        ctx.save_for_backward(x, *(t for t in (low, high) if isinstance(t, Tensor)))
+        return _clipped(x, low, high, pairs)
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: ANN001, ANN205
+        x, *tensors = ctx.saved_tensors
+        low, high = (tensors.pop(0) if number is None else number for number in ctx.numbers)
+        wants_low, wants_high = ctx.needs_input_grad[1:3]
+        if not ctx.pairs:
+            grad_high = _sum_to(grad * (x >= high), high) if wants_high else None
+            return (grad * ((x > low) & (x < high))).sum_to_size(x.shape), None, grad_high, None
+        (a, b), (grad_larger, grad_smaller) = x.chunk(2, dim=1), grad.chunk(2, dim=1)
+        larger, smaller, in_order = torch.maximum(a, b), torch.minimum(a, b), a >= b
+        grad_high = _sum_to(grad_larger * (larger >= high), high) if wants_high else None
+        grad_low = _sum_to(grad_smaller * (smaller <= low), low) if wants_low else None
+        grad_larger, grad_smaller = grad_larger * (larger < high), grad_smaller * (smaller > low)
+        grad_a = torch.where(in_order, grad_larger, grad_smaller)
+        grad_b = torch.where(in_order, grad_smaller, grad_larger)
+        return torch.cat([grad_a, grad_b], dim=1).sum_to_size(x.shape), grad_low, grad_high, None
+
+
+def _sum_to(grad: Tensor, threshold: Tensor) -> Tensor:
+    return _sum_over_images(grad).sum_to_size(threshold.shape)
+
+
+_PLAIN_PASSES = {"activation": _Activation.apply, "forward": _forward, "backward": _backward}
 _PASSES: dict[str, Callable[..., Any]] = dict(_PLAIN_PASSES)
 
 
@@ -257,7 +288,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return compiled(*args)
         except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
-            warnings.warn(f"no compiler, going on without: {first_line(error)}", stacklevel=1)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+            warnings.warn(f"no compiler, going on without: {reason}", stacklevel=1)
             _PASSES.update(_PLAIN_PASSES)
             return function(*args)
 

@@ -53,8 +53,8 @@ class Outcome:
         np.ndarray
     )  # (N, L) share of the rows of every linear layer but the last that the ball switches off
     eliminated_columns: np.ndarray  # (N, L) the same of its columns
-    pgd_over_radius: np.ndarray  # (N, R) bool at PGD_MULTIPLES, without columns if there is to be no report
-    certified_over_radius: np.ndarray  # (N, R) bool at CERTIFIED_MULTIPLES, likewise
+    pgd_over_radius: np.ndarray  # (N, R) 0 or 1 at PGD_MULTIPLES, NaN where it was not asked
+    certified_over_radius: np.ndarray  # (N, R) the same at CERTIFIED_MULTIPLES
 
     @staticmethod
     def concatenate(parts: list[Outcome]) -> Outcome:
@@ -236,6 +236,7 @@ def _image_rows(outcome: Outcome) -> list[dict[str, Any]]:
 
 
 def _certified_over_radius(outcome: Outcome, epsilon: float) -> Figure:
+    outcome = outcome.take(~np.isnan(outcome.certified_over_radius).any(axis=1))
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     end = CERTIFIED_MULTIPLES[-1] * epsilon or 1.0
     fine = np.linspace(0, end, 400)

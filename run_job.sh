@@ -29,7 +29,8 @@ Usage: bash run_job.sh JOB [ARGUMENTS ...]
   table                 put the reports below results/JOB/ beside the paper's values, in the README too
 
   The paper's training runs (checkpoints and logs go to runs/, see --output_dir) and their evaluations (of
-  pretrained/..., see --saved_model; reports go to results/JOB/; --certificate estimate is the paper's protocol):
+  pretrained/..., see --saved_model; reports go to results/JOB/; --certificate estimate is the paper's protocol,
+  both takes one attack for it and the proof):
 
   mnist-4c3f            evaluate-mnist-4c3f            MNIST, 4C3F, GloRo loss, 300 epochs
   cifar10-4c3f          evaluate-cifar10-4c3f          CIFAR-10, 4C3F, BCP loss, 800 epochs
@@ -67,6 +68,7 @@ evaluate() {
     if [ "$2" = tinyimagenet ]; then batch=32 start=(launch TinyImagenet/evaluate_tinyimagenet.py); fi
     if [ "$2" = mnist ]; then epsilon=1.58; fi
     if [[ " ${*:5} " == *" --certificate"[\ =]"estimate "* ]]; then certificate=estimate; fi
+    if [[ " ${*:5} " == *" --certificate"[\ =]"both "* ]]; then certificate=; fi
     "${start[@]}" --data "$2" --model "$3" --epsilon "$epsilon" --test_batch_size "$batch" --test_sniter 2000 \
         --saved_model "pretrained/$4" --out "results/$1/$certificate" "${@:5}"
 }

@@ -21,6 +21,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from fused_activation import Clip, activation
+
 _SECONDS_FOR_RANK_0 = 5
 
 
@@ -107,7 +109,7 @@ class ReLU_x(nn.Module):
         self.threshold = nn.Parameter(torch.full((1, *_feature_shape(input_size)), float(init)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.minimum(torch.relu(x), self.threshold)
+        return activation(x, Clip(0.0, self.threshold))
 
     @torch.no_grad()
     def project(self) -> None:
@@ -132,9 +134,7 @@ class ClampGroupSort(nn.Module):
         self.max = nn.Parameter(torch.full((1, channels // 2, *rest), float(maxthres)))
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = x.chunk(2, dim=1)
-        larger, smaller = torch.maximum(a, b), torch.minimum(a, b)
-        return torch.cat([torch.minimum(larger, self.max), torch.maximum(smaller, self.min)], dim=1)
+        return activation(x, Clip(self.min, self.max, pairs=True))
 
 
 class Normalize(nn.Module):

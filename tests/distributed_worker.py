@@ -92,7 +92,7 @@ def evaluation(certificate):
     args.test_sniter, args.test_opt_iter, args.failure_probability, args.certificate_seed = 60, 10, 1e-6, 5
     own = len(distributed.shard(images))
     method = evaluate.Proven(model, args, own) if certificate == "proven" else evaluate.Estimate(model, args)
-    outcome = evaluate.evaluate(model, images, args, method)
+    (outcome,) = evaluate.evaluate(model, images, args, [method])
     return {"outcome": outcome, "description": method.describe()}
 
 

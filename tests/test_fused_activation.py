@@ -15,7 +15,7 @@ import fused_activation
 import local_bound
 import training
 from data_load import channels_last
-from fused_activation import Clip, through_activation
+from fused_activation import Clip, activation, through_activation
 from local_bound import bcp_loss, propagate, worst_logits
 from spectral_norm import PowerIteration, StoredVectors
 from utils import ClampGroupSort, ReLU_x
@@ -37,14 +37,18 @@ def make_clip(kind, shape):
 
 
 def layer_of(clip):
-    """The activation as `utils` has it, with the thresholds of `clip`."""
+    """The activation in operations that autograd knows."""
     if not isinstance(clip.high, torch.Tensor):
         return torch.relu
     if not clip.pairs:
         return lambda x: torch.minimum(torch.relu(x), clip.high)
-    shape = clip.high.shape[1:]
-    layer = ClampGroupSort((2 * shape[0], *shape[1:]), 0, 0)
-    return lambda x: torch.func.functional_call(layer, {"min": clip.low, "max": clip.high}, x)
+    return lambda x: torch.cat(
+        [
+            torch.minimum(torch.maximum(*x.chunk(2, dim=1)), clip.high),
+            torch.maximum(torch.minimum(*x.chunk(2, dim=1)), clip.low),
+        ],
+        dim=1,
+    )
 
 
 def plain(stack, half, reach, clip):
@@ -102,6 +106,32 @@ def test_memory_order_changes_nothing(kind):
     assert through_activation(*in_order, clip)[0].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_activation_alone_has_the_values_and_gradients_of_plain_operations(kind, shape):
+    clip, x = make_clip(kind, shape), torch.randn(IMAGES, *shape).double().requires_grad_()
+    wanted = [x, *(threshold for threshold in (clip.low, clip.high) if isinstance(threshold, torch.Tensor))]
+    ours, theirs = activation(x, clip), layer_of(clip)(x)
+    assert torch.equal(ours, theirs)
+    for our, their in zip(*(torch.autograd.grad(y.square().sum(), wanted) for y in (ours, theirs))):
+        torch.testing.assert_close(our, their)
+
+
+def test_an_activation_passes_nan_on():
+    x = torch.tensor([[torch.nan, 1.0, 1.0, torch.nan]])
+    assert activation(x, Clip(0.0, torch.ones(1, 4))).isnan().tolist() == [[True, False, False, True]]
+    assert activation(x, Clip(-torch.ones(1, 2), torch.ones(1, 2), pairs=True)).isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3, 4, 4), (1, 4)])
+def test_gradients_have_the_shapes_of_what_was_broadcast(shape):
+    layer, x = ReLU_x(4, 0.1), torch.rand(shape, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == shape
+    assert layer.threshold.grad.shape == (1, 4)
+    assert layer.threshold.grad.sum() + x.grad.sum() == x.numel()
+
+
 def test_thresholds_of_other_dimensions_broadcast_as_they_do_in_the_layer():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 4, 3), ReLU_x(4, 0.1), nn.Flatten(), nn.Linear(64, 3))
@@ -137,6 +167,8 @@ def test_compiled_passes_compute_the_same(passes, kind):
     for _ in range(2):
         stack, half, varying = through_activation(*inputs, clip)
         results.append([stack, half, varying, *torch.autograd.grad((stack.sum() + half.square().sum()), inputs)])
+        alone = activation(inputs[0], clip)
+        results[-1] += [alone, *torch.autograd.grad(alone.square().sum(), inputs[0])]
         fused_activation.compile_activations()
     assert passes["forward"] is not fused_activation._forward
     for compiled, plainly in zip(*results):

@@ -632,3 +632,46 @@ def test_shapes_may_carry_the_batch_dimension(shape):
 def test_an_odd_number_of_channels_has_no_pairs():
     with pytest.raises(ValueError, match="even"):
         ClampGroupSort((3, 4, 4), 1, -1)
+
+
+# --- the ball alone --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ball_alone_is_the_bound_by_global_norms(kind):
+    net, x, y = network(kind), images(1, 6, 6), torch.arange(IMAGES)
+    norms = PowerIteration(300)
+    alone = propagate(net, x, 0.4, norms, box=False)
+    torch.testing.assert_close(alone.logits, net(x))
+    lipschitz = torch.stack(list(alone.global_norms.values())).prod()
+    torch.testing.assert_close(alone.radius, (0.4 * lipschitz).expand(IMAGES))
+    assert not alone.varying
+    directions = net[-1].weight - net[-1].weight[y].unsqueeze(1)
+    expected = alone.logits + alone.radius[:, None] * directions.norm(dim=2)
+    for rounds in (1, 10):
+        torch.testing.assert_close(worst_logits(alone, y, rounds), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_box_can_only_tighten_what_the_ball_alone_says(kind):
+    net, x, y = network(kind), images(1, 6, 6), torch.arange(IMAGES)
+    norms = PowerIteration(300)
+    alone, both = (worst_logits(propagate(net, x, 0.4, norms, box=box), y, 100) for box in (False, True))
+    assert (both <= alone + 1e-4).all()
+
+
+def test_gradients_of_the_ball_alone_are_those_of_plain_operations():
+    net, x, y = network("maxmin"), images(1, 6, 6), torch.arange(IMAGES)
+    gradients = []
+    for fused in (True, False):
+        norms = PowerIteration(20)
+        bound = propagate(net, x, 0.4, norms, fused=fused, box=False)
+        loss = gloro_loss(bound.logits, worst_logits(bound, y), y)
+        gradients.append(torch.autograd.grad(loss, list(net.parameters())))
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_how_far_a_box_reaches_cannot_be_asked_without_one():
+    with pytest.raises(ValueError, match="without a box"):
+        propagate(network("relux"), images(1, 6, 6), 0.1, PowerIteration(1), sparse_threshold=0.1, box=False)

@@ -203,6 +203,19 @@ def test_the_bracket_holds_the_norm_whatever_the_mask(name, steps, sides):
         assert (upper == whole).all()
 
 
+@pytest.mark.parametrize("steps", [8, 40])
+def test_a_large_matrix_is_bracketed_by_lanczos_until_singular_values_cost_little_more(steps):
+    torch.manual_seed(0)
+    matrix = Dense(torch.randn(160, 200).double(), None, 0)
+    norms = ProvenNorms(0.01, planned=3 if steps == 8 else 0, steps=steps)
+    norms.whole(matrix)
+    columns = torch.rand(3, 200) < 0.9
+    upper, true = norms.masked(matrix, columns, None), norm_of(masked_matrix(matrix, columns, None))
+    assert (norms.lower[0] <= true).all()
+    assert (true <= upper).all()
+    torch.testing.assert_close(norms.lower[0], true, rtol=0.1 if steps == 8 else 1e-6, atol=0)
+
+
 @pytest.mark.parametrize("name", MASKABLE)
 def test_what_eliminates_nothing_is_the_whole_norm_and_spends_no_planned_one(name):
     operator = MASKABLE[name]

@@ -172,6 +172,7 @@ def test_an_evaluation_reports_where_the_table_looks_for_it(run_job, job):
     assert options(run_job(job).out.splitlines())["--out"] == [f"{folder}/proven"]
     estimate = options(run_job(job, "--width", "0.5", "--certificate", "estimate").out.splitlines())
     assert estimate["--out"] == [f"{folder}/estimate"]
+    assert options(run_job(job, "--certificate", "both").out.splitlines())["--out"] == [f"{folder}/"]
 
 
 @pytest.mark.parametrize(

@@ -428,3 +428,44 @@ def test_weights_that_are_not_finite_are_never_saved(runs, monkeypatch):
     with pytest.raises(training.TrainingDiverged, match="epoch 1"):
         runs.train("--epochs", 1, "--rampup", 0, "--overwrite")
     assert runs.contents() == before
+
+
+# --- epochs with the ball alone
+
+
+def watch_boxes(monkeypatch):
+    """Whether training and validation had a box, in the order of the batches."""
+    seen, propagate = [], training.propagate
+
+    def watch(*args, box=True, **kwargs):
+        seen.append(box)
+        return propagate(*args, box=box, **kwargs)
+
+    monkeypatch.setattr(training, "propagate", watch)
+    return seen
+
+
+def test_the_first_epochs_can_go_without_a_box(runs, monkeypatch):
+    seen = watch_boxes(monkeypatch)
+    runs.train("--global_epochs", 2)
+    batches = (len(seen) - 1) // 4  # training and validation; the first look lays out the singular vectors
+    assert seen == [True] + [False] * 2 * batches + [True] * 2 * batches
+
+
+def test_without_any_box_no_singular_vectors_are_kept(runs, capsys):
+    runs.train("--global_epochs", 4)
+    assert "singular vectors: 0.0 MB" in capsys.readouterr().out
+
+
+def test_scale_shortens_the_epochs_without_a_box_too(command_line):
+    command_line("--global_epochs", 300, "--scale", 0.1)
+    assert utils.training_arguments("", ["mnist"], train_mnist.DEFAULTS).global_epochs == 30
+
+
+def test_a_run_resumed_among_the_epochs_without_a_box_is_the_uninterrupted_one(runs):
+    flags = ["--global_epochs", 4, "--orthogonal"]
+    resumed = runs.train_in_two_parts(*flags, name="two parts")
+    whole = runs.train(*flags, name="whole")
+    for ours, theirs in zip(without_seconds(resumed.log), without_seconds(whole.log)):
+        for name in ours:
+            assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=0.02), name

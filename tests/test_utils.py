@@ -7,6 +7,8 @@ from conftest import WIDTH
 from torch import nn
 
 import utils
+from local_bound import propagate
+from spectral_norm import PowerIteration
 from utils import ClampGroupSort, InputError, ReLU_x
 
 # --- activations
@@ -270,3 +272,25 @@ def test_load_weights_loads_every_tensor(tiny_net):
     others = {key: value + 1 for key, value in tiny_net.state_dict().items()}
     utils.load_weights(tiny_net, others, "file.pth")
     assert all(torch.equal(value, others[key]) for key, value in tiny_net.state_dict().items())
+
+
+# --- orthogonal start
+
+
+@pytest.mark.parametrize(("data", "model"), [("mnist", "relux"), ("mnist", "c4f3_clmaxmin"), ("cifar10", "c6f2_relux")])
+def test_orthogonal_layers_start_with_spectral_norms_of_at_most_1(data, model):
+    torch.manual_seed(0)
+    net = utils.select_model(data, model, width=0.25, orthogonal=True)
+    bound = propagate(net, torch.rand(1, *utils.INPUT_SHAPES[data]), 0.0, PowerIteration(200))
+    norms = list(bound.global_norms.values())
+    assert all(0.5 < norm <= 1.001 for norm in norms)
+    weight = next(layer for layer in net if isinstance(layer, nn.Linear)).weight
+    torch.testing.assert_close(weight @ weight.T, torch.eye(len(weight)), atol=1e-5, rtol=0)
+
+
+def test_4c3f_with_maxmin_has_the_shape_of_the_published_net_and_thresholds_at_1():
+    ours, published = (utils.select_model("mnist", model) for model in ("c4f3_clmaxmin", "relux"))
+    assert parameters(ours, "weight", "bias") == parameters(published, "weight", "bias")
+    thresholds = [layer for layer in ours if isinstance(layer, ClampGroupSort)]
+    assert len(thresholds) == 6
+    assert all((layer.max == 1).all() and (layer.min == -1).all() for layer in thresholds)

@@ -1,0 +1,99 @@
+"""What an evaluation asks about which image: no more than leaves it open, and no less."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+
+import evaluate
+from local_bound import propagate, worst_logits, worst_margin
+from spectral_norm import PowerIteration
+
+MULTIPLES = [0.0, 0.5, 0.75, 1.0, 1.5, 2.0]
+
+
+def test_only_open_images_are_asked_about():
+    radius = torch.tensor([0.0, 0.3, 0.6, 1.0, 1.2, 1.7, 3.0])  # up to which each image holds
+    asked = {}
+
+    def answer(places, multiple):
+        asked[multiple] = places.tolist()
+        return radius[places] >= multiple
+
+    found = evaluate.over_radius(radius > 0, radius >= 1, answer, MULTIPLES)
+    assert np.array_equal(found, (radius[:, None] >= torch.tensor(MULTIPLES)).numpy() & (radius > 0)[:, None].numpy())
+    assert asked == {0.75: [1, 2], 0.5: [1, 2], 1.5: [3, 4, 5, 6], 2.0: [5, 6]}
+
+
+@pytest.mark.parametrize(("wanted", "known"), [(1, 20), (20, 20), (21, 40), (1000, 60)])
+def test_curves_are_made_of_the_first_images_in_whole_batches(wanted, known, digits, tiny_net, command_line, tmp_path):
+    small = ["--test_batch_size", 20, "--curve_images", wanted, "--epsilon", 1e-3, "--test_sniter", 2]
+    command_line(*TINY, *small, "--saved_model", "net", "--out", tmp_path)
+    args = evaluate.arguments()
+    certificate = evaluate.Estimate(tiny_net, args)
+    (outcome,) = evaluate.evaluate(tiny_net.requires_grad_(False), digits[False][:60], args, [certificate])
+    for curve in (outcome.pgd_over_radius, outcome.certified_over_radius):
+        assert np.isnan(curve).any(axis=1).tolist() == [False] * known + [True] * (60 - known)
+
+
+@pytest.fixture
+def args(command_line, saved_net):
+    command_line(*TINY, "--saved_model", saved_net, "--epsilon", 0.3, "--certificate", "estimate", "--test_sniter", 100)
+    return evaluate.arguments()
+
+
+def test_the_estimate_in_stages_certifies_what_all_iterations_for_all_images_would(digits, args, tiny_net):
+    certificate = evaluate.Estimate(tiny_net, args)
+    certified = by_global_norms = images = 0
+    for x, _, _ in digits[False][:60].batches(60):
+        y = tiny_net(x).argmax(dim=1)  # an untrained net, right by definition
+        for epsilon in (5e-4, 2e-3, 5e-3):
+            args.epsilon = epsilon
+            with torch.no_grad():
+                answer = certificate(x, y)
+                bound = propagate(tiny_net, x, epsilon, PowerIteration(100, seed=1))
+                everything = worst_margin(worst_logits(bound, y, 1000), y)
+            found, clear = answer["worst_margin"] > 0, everything.abs() > 1e-6
+            assert torch.equal(found[clear], (everything > 0)[clear])
+            certified, images = certified + int(found.sum()), images + len(x)
+            by_global_norms += int((found & (answer["local_bound"] == answer["global_bound"])).sum())
+    assert 0 < by_global_norms < certified < images
+
+
+def test_a_misclassified_image_is_asked_about_once(digits, args, tiny_net, monkeypatch):
+    asked, ask = [], evaluate.Estimate._ask
+    monkeypatch.setattr(evaluate.Estimate, "_ask", lambda self, x, y: asked.append(len(x)) or ask(self, x, y))
+    x, _, _ = next(digits[False][:50].batches(50))
+    with torch.no_grad():
+        wrong = (tiny_net(x).argmax(dim=1) + 1) % 10
+        assert not (evaluate.Estimate(tiny_net, args)(x, wrong)["worst_margin"] > 0).any()
+    assert asked == [50]
+
+
+def test_both_certificates_share_one_attack(call, saved_net, tmp_path):
+    flags = [
+        *TINY,
+        "--saved_model",
+        saved_net,
+        "--epsilon",
+        1e-3,
+        "--images",
+        40,
+        "--test_sniter",
+        20,
+        "--out",
+        tmp_path,
+    ]
+    answer = call("evaluate", *flags, "--certificate", "both")
+    assert answer.code == 0
+    summaries = {kind: json.loads((tmp_path / kind / "summary.json").read_text()) for kind in ("proven", "estimate")}
+    for kind, summary in summaries.items():
+        assert summary["certificate"]["kind"] == kind
+        assert (tmp_path / kind / "images.csv").is_file()
+    proven, estimate = (summary["accuracy"] for summary in summaries.values())
+    assert (proven["clean"], proven["pgd"]) == (estimate["clean"], estimate["pgd"])
+    assert proven["certified"]["count"] <= estimate["certified"]["count"]
+    again = call("evaluate", *flags, "--certificate", "both")
+    assert (again.code, len(again.err.splitlines())) == (2, 1)
