@@ -485,7 +485,7 @@ def draw_training(epochs: list[dict[str, float]], row: Row, path: Path) -> None:
     axes.axvspan(numbers[0], full, color=GLOBAL, alpha=0.1, linewidth=0, label="ε rises")
     axes.set(xlim=(numbers[0], numbers[-1]), ylim=(0, 100), xlabel="epoch", ylabel="accuracy (%)")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_title(f"{row.title}: {len(epochs)} of {row.epochs} epochs", loc="left", fontsize=11)
+    axes.set_title(f"{row.title}\n{len(epochs)} of {row.epochs} epochs", loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=8)
     _tidy(axes)
     _save(figure, path)
