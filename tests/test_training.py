@@ -315,9 +315,9 @@ def test_but_for_the_singular_vectors_a_resumed_run_is_the_uninterrupted_one(run
 def test_a_resumed_run_goes_on_with_the_order_of_the_images_and_the_schedule(runs, monkeypatch):
     visits, step = [], training.Step.__call__
 
-    def record(self, x, y, indices, epsilon, kappa, weight):
+    def record(self, x, y, indices, epsilon, kappa, *more):
         visits.append((epsilon, kappa, indices.tolist()))
-        return step(self, x, y, indices, epsilon, kappa, weight)
+        return step(self, x, y, indices, epsilon, kappa, *more)
 
     monkeypatch.setattr(training.Step, "__call__", record)
     runs.train(name="straight")
