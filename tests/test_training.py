@@ -332,7 +332,7 @@ def test_a_resumed_run_keeps_the_best_epoch_of_before(runs, monkeypatch):
     monkeypatch.setattr(
         training._Run,
         "_validate",
-        lambda run: {"validation_clean_error": 0.0, "validation_certified_error": next(errors)},
+        lambda run, box: {"validation_clean_error": 0.0, "validation_certified_error": next(errors)},
     )
     best = torch.load(runs.train_in_two_parts().best, weights_only=True)
     assert (best["err"], best["epoch"]) == (0.3, 2)
@@ -424,7 +424,7 @@ def test_weights_that_are_not_finite_are_never_saved(runs, monkeypatch):
         return loss * 0 + 1, *others
 
     monkeypatch.setattr(training.Step, "__call__", spoil_the_last_step)
-    monkeypatch.setattr(training._Run, "_validate", lambda run: {})
+    monkeypatch.setattr(training._Run, "_validate", lambda run, box: {})
     with pytest.raises(training.TrainingDiverged, match="epoch 1"):
         runs.train("--epochs", 1, "--rampup", 0, "--overwrite")
     assert runs.contents() == before
