@@ -33,10 +33,11 @@ Position = int | str
 
 
 class Norms(Protocol):
-    """Where the walk gets its spectral norms from, and whether they make the box and how rounding is treated."""
+    """Where the walk gets its spectral norms from, whether they make the box, and how rounding is treated."""
 
     local_ball: bool
     roundoffs: tuple[float, float]
+    factors: torch.dtype | None
 
     def whole(self, operator: LinearOperator) -> Tensor:
         """||W||, a scalar."""
@@ -316,6 +317,7 @@ class _Walk:
     def linear(self, operator: LinearOperator) -> None:
         """Move through W x + b."""
         self._close()
+        operator.factors = self.norms.factors
         self._open = _OpenLayer(operator, self.columns)
         lipschitz = self.local_lipschitz if self.norms.local_ball else self.global_lipschitz
         radius = self.epsilon * lipschitz + self.rounding.distance

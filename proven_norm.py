@@ -67,6 +67,7 @@ class ProvenNorms:
     """
 
     local_ball = True
+    factors = None
 
     def __init__(
         self,

@@ -7,10 +7,11 @@ object and asks two questions:
     masked(operator, in_mask, out_mask)   ||D_out W D_in|| for every image, (N,); asked after `whole`
 
 where the masks are (N, *shape) booleans, or None for "nothing is switched off"; with two None it may answer with the
-scalar ||W||. Two attributes say how the walk has to treat the answers:
+scalar ||W||. Three attributes say how the walk has to treat the answers:
 
     local_ball    whether the ball that bounds the box shrinks with the local norms so far, or with the global ones
     roundoffs     unit roundoffs to allow for: of the bound's own arithmetic, and of the deployed network's; 0: exact
+    factors       what convolutions round their factors to before they multiply, such as torch.bfloat16; None: nothing
 
 Where one of these is not 0, the walk also asks for absolute(operator), a bound on || |W| ||. `PowerIteration` answers
 with differentiable estimates from below (the published method), `proven_norm.ProvenNorms` with upper bounds.
@@ -33,6 +34,8 @@ class LinearOperator(ABC):
     Attributes:
         weight, bias: what W and b are made of; gradients flow to them.
         bias_size: (C_out,) sum of the absolute values of the terms that b was added up from, where it was; or None.
+        factors: what a convolution rounds its factors to before it multiplies, the sums being kept as they were given;
+            None: nothing. Dense layers take no notice.
         position: where the layer stands in the network.
         input_shape, output_shape: shapes of one image's activations before and after, without the batch.
     """
@@ -40,6 +43,7 @@ class LinearOperator(ABC):
     weight: Tensor
     bias: Tensor | None
     bias_size: Tensor | None = None
+    factors: torch.dtype | None = None
     position: int | str
     input_shape: torch.Size
     output_shape: torch.Size
@@ -167,16 +171,20 @@ class Conv(LinearOperator):
     def geometry(self) -> tuple:
         return self.stride, self.padding, self.dilation, self.groups
 
+    def _rounded(self, *tensors: Tensor | None) -> list[Tensor | None]:
+        return [x if x is None or self.factors is None else x.to(self.factors) for x in tensors]
+
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        rounded = self._rounded(x, weight, bias)
+        return F.conv2d(*rounded, self.stride, self.padding, self.dilation, self.groups).to(x.dtype)
 
     def apply(self, x: Tensor) -> Tensor:
         return self._convolve(x, self.weight, None)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        return F.conv_transpose2d(
-            y, self.weight, None, self.stride, self.padding, self._output_padding, self.groups, self.dilation
-        )
+        rounded = self._rounded(y, self.weight)
+        geometry = (self.stride, self.padding, self._output_padding, self.groups, self.dilation)
+        return F.conv_transpose2d(*rounded, None, *geometry).to(y.dtype)
 
     def affine(self, x: Tensor) -> Tensor:
         return self._convolve(x, self.weight, self.bias)
@@ -185,8 +193,9 @@ class Conv(LinearOperator):
         return self._convolve(x, self.weight.abs(), None)
 
     def weight_gradient(self, x: Tensor, y: Tensor) -> Tensor:
-        size = self.weight.shape
-        return torch.nn.grad.conv2d_weight(x, size, y, self.stride, self.padding, self.dilation, self.groups)
+        inputs, outputs = self._rounded(x, y)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return torch.nn.grad.conv2d_weight(inputs, self.weight.shape, outputs, *geometry).to(self.weight.dtype)
 
     def row_norms(self) -> Tensor:
         # At the border the padding cuts the row, so one kernel's norm is an upper bound there.
@@ -211,6 +220,7 @@ class PowerIteration:
             costs nothing and needs no vectors. None: all.
         skip_idle_masks: images whose masks eliminate nothing get the whole norm, which is theirs, without iterations.
             How much work there is then depends on the data, so that a CUDA device has to be waited for.
+        factors: see the head of this module.
     """
 
     local_ball = False
@@ -224,12 +234,14 @@ class PowerIteration:
         seed: int = 0,
         local_positions: Collection[int | str] | None = None,
         skip_idle_masks: bool = False,
+        factors: torch.dtype | None = None,
     ):
         if iterations < 1:
             raise ValueError(f"power iteration needs at least one iteration, got {iterations}")
         self.iterations = iterations
         self.local_positions = local_positions
         self.skip_idle_masks = skip_idle_masks
+        self.factors = factors
         self.local_vectors = dict(local_vectors or {})
         self.global_vectors = dict(global_vectors or {})
         self._whole: dict[int | str, Tensor] = {}

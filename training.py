@@ -261,7 +261,13 @@ class _Run:
         # On a GPU the iterations that skipping saves are cheaper than finding out which.
         skip = self.device.type == "cpu"
         local_positions = args.indices if args.global_epochs < args.epochs else []
-        self.norms = PowerIteration(args.sniter, seed=args.seed, local_positions=local_positions, skip_idle_masks=skip)
+        self.norms = PowerIteration(
+            args.sniter,
+            seed=args.seed,
+            local_positions=local_positions,
+            skip_idle_masks=skip,
+            factors=torch.bfloat16 if args.bfloat16 else None,
+        )
         self.epoch = 0
         self.best_error = math.inf
         self.rows: list[dict[str, Any]] = []

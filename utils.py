@@ -449,6 +449,8 @@ def training_arguments(
         "compile element-wise work, which takes up to a minute and a C++ compiler; auto: if the run is long enough"
     )
     flag("--compile", choices=["auto", "yes", "no"], default="auto", help=compiles)
+    rounds = "convolutions of the training in bfloat16, where the device has fast ones; validation stays in float32"
+    flag("--bfloat16", action="store_true", help=rounds)
     flag("--lr", type=positive_float, help="learning rate of Adam")
     flag("--end_lr", type=positive_float, help="learning rate of the last epoch")
     flag("--lr_scheduler", choices=["exp", "constant"], default="exp", help="exponential decay to end_lr, or none")
