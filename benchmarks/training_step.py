@@ -80,7 +80,7 @@ class Bench:
         stored_bytes: of the singular vectors of the whole training set, or one process's share of it.
     """
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, width: float):
+    def __init__(self, args: argparse.Namespace, device: torch.device, width: float, bfloat16: bool = False):
         torch.manual_seed(args.seed)
         model = utils.select_model(args.data, args.model, args.init, width).to(device)
         self.batch_size = CPU_BATCH.get(args.data, args.batch_size) if device.type == "cpu" else args.batch_size
@@ -93,10 +93,14 @@ class Bench:
         self.steps = {"all": self._robust_step(args, layout, y, skip=False)}
         if device.type == "cpu":
             self.steps["idle skipped"] = self._robust_step(args, layout, y, skip=True)
+        if bfloat16:
+            self.steps["bfloat16"] = self._robust_step(args, layout, y, device.type == "cpu", torch.bfloat16)
 
-    def _robust_step(self, args: argparse.Namespace, layout: Layout, y: Tensor, skip: bool) -> Callable[[], Tensor]:
+    def _robust_step(
+        self, args: argparse.Namespace, layout: Layout, y: Tensor, skip: bool, factors: torch.dtype | None = None
+    ) -> Callable[[], Tensor]:
         model, x = copy.deepcopy(self.model), self.images
-        norms = PowerIteration(args.sniter, local_positions=args.indices, skip_idle_masks=skip)
+        norms = PowerIteration(args.sniter, local_positions=args.indices, skip_idle_masks=skip, factors=factors)
         loss = RobustLoss(model, norms, args.opt_iter, args.gloro, args.sparse, args.sp_thres)
         stored = StoredVectors(len(x), layout.vectors, x.device)
         step = Step(loss, norms, stored, torch.optim.Adam(model.parameters(), lr=args.lr))
@@ -166,7 +170,7 @@ def certified_seconds(bench: Bench, count: int) -> float:
 
 def measure(job: str, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one recipe."""
-    bench = Bench(recipe(job), device, options.width)
+    bench = Bench(recipe(job), device, options.width, options.bfloat16)
     times = interleaved({"plain": bench.plain, **bench.steps}, options.repeats, device)
     plain = statistics.median(times["plain"])
     result: dict[str, Any] = {"recipe": job, "batch_size": bench.batch_size, "stored_bytes": bench.stored_bytes}
@@ -184,8 +188,13 @@ def measure(job: str, device: torch.device, options: argparse.Namespace) -> dict
 
 def table(results: list[dict[str, Any]]) -> str:
     """The figures as a Markdown table."""
-    columns = ["plain", *(name for name in ("all", "idle skipped") if name in results[0])]
-    titles = {"plain": "plain step", "all": "robust step, all iterated", "idle skipped": "idle masks skipped"}
+    titles = {
+        "plain": "plain step",
+        "all": "robust step, all iterated",
+        "idle skipped": "idle masks skipped",
+        "bfloat16": "the same in bfloat16",
+    }
+    columns = [name for name in titles if name in results[0]]
     header = ["recipe", "images", *(titles[c] for c in columns), "peak memory, plain / robust"]
     rows = [[*header, "stored vectors", "proof of 1,000 images"]]
     for result in results:
@@ -215,6 +224,7 @@ def main() -> None:
     flag("--repeats", type=utils.positive_int, default=7, help="timed steps of each kind")
     flag("--width", type=utils.positive_float, default=1.0, help="fraction of the published channel numbers")
     flag("--compile", choices=["yes", "no"], default="yes", help="compile element-wise work")
+    flag("--bfloat16", action="store_true", help="time steps with convolutions in bfloat16 too")
     flag("--certified_images", type=utils.positive_int, default=8, help="images that are certified")
     flag("--json", default="results/bench/training_step.json", help="file for the figures")
     options = parser.parse_args()

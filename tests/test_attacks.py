@@ -106,6 +106,7 @@ def test_the_step_benchmark_prints_and_writes_its_recipes(call, tmp_path):
         "no",
         "--certified_images",
         2,
+        "--bfloat16",
     ]
     answer = call("benchmarks.training_step", *flags, "--json", path)
     assert answer.code == 0, answer.err
@@ -114,6 +115,6 @@ def test_the_step_benchmark_prints_and_writes_its_recipes(call, tmp_path):
     assert {name: recipe["batch_size"] for name, recipe in recipes.items()} == chosen
     for recipe in recipes.values():
         assert recipe["stored_bytes"] > 0
-        for kind in ("all", "idle skipped"):
+        for kind in ("all", "idle skipped", "bfloat16"):
             ratio = recipe[kind]["milliseconds"] / recipe["plain"]["milliseconds"]
             assert math.isclose(recipe[kind]["over_plain"], ratio)

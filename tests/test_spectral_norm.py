@@ -160,6 +160,33 @@ def test_row_norms_are_exact_where_no_padding_cuts_the_row(operator):
     torch.testing.assert_close(operator.row_norms().expand_as(true), true)
 
 
+@pytest.mark.parametrize("product", ["apply", "adjoint", "affine", "absolute"])
+def test_a_convolution_can_round_its_factors_and_keeps_the_precision_of_sums(operator, product):
+    x = batch(operator.output_shape if product == "adjoint" else operator.input_shape)
+    exact = getattr(operator, product)(x)
+    operator.factors = torch.bfloat16
+    rounded = getattr(operator, product)(x)
+    assert rounded.dtype == exact.dtype
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.01
+
+
+def test_a_norm_of_rounded_factors_is_close_and_has_a_gradient(operator):
+    exact, rounded = PowerIteration(100), PowerIteration(100, factors=torch.bfloat16)
+    expected = torch.autograd.grad(exact.whole(operator), operator.weight)[0]
+    operator.factors = torch.bfloat16
+    found = torch.autograd.grad(rounded.whole(operator), operator.weight)[0]
+    assert found.dtype == expected.dtype
+    assert 0 < (found - expected).norm() < 0.02  # of a gradient of length about 1
+
+
+def test_dense_layers_round_nothing():
+    dense = Dense.of(nn.Linear(5, 4).double(), 0)
+    x = batch(dense.input_shape)
+    exact = dense.affine(x)
+    dense.factors = torch.bfloat16
+    assert torch.equal(dense.affine(x), exact)
+
+
 def test_uneven_padding_is_refused():
     with pytest.raises(TypeError, match=r"position 3.*same"):
         Conv.of(nn.Conv2d(1, 1, 4, padding="same"), 3, torch.Size([1, 5, 5]))

@@ -430,6 +430,30 @@ def test_weights_that_are_not_finite_are_never_saved(runs, monkeypatch):
     assert runs.contents() == before
 
 
+# --- convolutions in bfloat16
+
+
+@pytest.mark.parametrize("flags", [[], ["--bfloat16"], ["--bfloat16", "--global_epochs", 4]])
+def test_training_rounds_where_asked_to_and_validation_never_does(runs, monkeypatch, flags):
+    seen, propagate = [], training.propagate
+
+    def watch(model, x, epsilon, norms, **kwargs):
+        if isinstance(epsilon, float) and x.shape[0] > 1:
+            seen.append((model.training, norms.factors))
+        return propagate(model, x, epsilon, norms, **kwargs)
+
+    monkeypatch.setattr(training, "propagate", watch)
+    runs.train(*flags)
+    assert set(seen) == {(True, torch.bfloat16 if flags else None), (False, None)}
+
+
+def test_training_in_bfloat16_learns_what_training_in_float32_does(runs):
+    exact = without_seconds(runs.train(name="exact").log)[-1]
+    rounded = without_seconds(runs.train("--bfloat16", name="rounded").log)[-1]
+    assert float(rounded["loss"]) != float(exact["loss"])
+    assert float(rounded["loss"]) == pytest.approx(float(exact["loss"]), rel=0.05)
+
+
 # --- epochs with the ball alone
 
 
