@@ -307,6 +307,7 @@ def finish(repository):
         kind="proven",
         certified=54.56,
         certificate=None,
+        trained=None,
         **arguments,
     ):
         accuracy = {"clean": {"percent": 71.23}, "pgd": {"percent": 65.0}, "certified": {"percent": certified}}
@@ -317,7 +318,7 @@ def finish(repository):
             "images": images,
             "epsilon": arguments["epsilon"],
             "certificate": {"kind": kind, "power_iterations": 2000, "clip": False} | (certificate or {}),
-            "checkpoint": {"sha256": "0", "training": {"epochs": epochs} if training else None},
+            "checkpoint": {"sha256": "0", "training": {"epochs": epochs} | (trained or {}) if training else None},
             "hardware": "an abacus",
         }
         path = repository / "results" / job / kind / "summary.json"
@@ -415,6 +416,21 @@ def test_a_damaged_training_log_is_refused(repository, finish, damage):
 def test_a_scaled_run_is_called_so(repository, finish):
     finish(epochs=40)
     assert "a scaled run: 40 of 800 epochs" in row(repository)
+
+
+@pytest.mark.parametrize(
+    "trained, said",
+    [
+        ({"batch_size": 64}, "batches of 64 instead of 256"),
+        ({"bfloat16": True}, "convolutions of the training in bfloat16"),
+        ({"val_split": 2000}, "the epoch picked on 2,000 held-out training images"),
+    ],
+)
+def test_a_run_with_other_flags_than_the_recipes_says_so(repository, finish, trained, said):
+    finish(trained={"batch_size": 256, "bfloat16": False, "val_split": 0})
+    assert said not in row(repository)
+    finish(trained=trained)
+    assert said in row(repository)
 
 
 def test_a_run_on_fewer_images_says_so(repository, finish):
