@@ -419,7 +419,7 @@ def test_a_scaled_run_is_called_so(repository, finish):
 
 
 @pytest.mark.parametrize(
-    "trained, said",
+    ("trained", "said"),
     [
         ({"batch_size": 64}, "batches of 64 instead of 256"),
         ({"bfloat16": True}, "convolutions of the training in bfloat16"),
