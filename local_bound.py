@@ -33,7 +33,10 @@ Position = int | str
 
 
 class Norms(Protocol):
-    """Where the walk gets its spectral norms from, whether they make the box, and how rounding is treated."""
+    """Where the walk gets its spectral norms from, whether they make the box, and how rounding is treated.
+
+    The attributes and questions are those of `spectral_norm`.
+    """
 
     local_ball: bool
     roundoffs: tuple[float, float]
@@ -272,6 +275,8 @@ class _Walk:
         sparse_threshold: float | None,
         fused: bool,
     ):
+        if norms.factors is not None and any(norms.roundoffs):
+            raise ValueError("norms that allow for rounding cannot round the factors of convolutions too")
         self.norms = norms
         self.sparse_threshold = sparse_threshold
         self.sparsity = None if sparse_threshold is None else x.new_zeros(())

@@ -7,14 +7,15 @@ object and asks two questions:
     masked(operator, in_mask, out_mask)   ||D_out W D_in|| for every image, (N,); asked after `whole`
 
 where the masks are (N, *shape) booleans, or None for "nothing is switched off"; with two None it may answer with the
-scalar ||W||. Three attributes say how the walk has to treat the answers:
+scalar ||W||. Three attributes say how the walk goes:
 
     local_ball    whether the ball that bounds the box shrinks with the local norms so far, or with the global ones
     roundoffs     unit roundoffs to allow for: of the bound's own arithmetic, and of the deployed network's; 0: exact
     factors       what convolutions round their factors to before they multiply, such as torch.bfloat16; None: nothing
 
-Where one of these is not 0, the walk also asks for absolute(operator), a bound on || |W| ||. `PowerIteration` answers
-with differentiable estimates from below (the published method), `proven_norm.ProvenNorms` with upper bounds.
+Where a roundoff is not 0, the walk takes no rounded factors, and it also asks for absolute(operator), a bound on
+|| |W| ||. `PowerIteration` answers with differentiable estimates from below (the published method),
+`proven_norm.ProvenNorms` with upper bounds.
 """
 
 from __future__ import annotations

@@ -45,6 +45,14 @@ class ExactNorms(PublishedWalk):
 EXACT = ExactNorms(1)
 
 
+def test_a_proof_takes_no_rounded_factors():
+    norms = ProvenNorms(SURELY, 10)
+    norms.factors = torch.bfloat16
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).double().eval()
+    with pytest.raises(ValueError, match="cannot round"):
+        propagate(model, torch.rand(2, 1, 2, 2, dtype=torch.float64), 0.1, norms)
+
+
 # --- whole norms -----------------------------------------------------------------------------------------------------
 
 
