@@ -120,7 +120,7 @@ def propagate(
     Raises:
         TypeError: names the first layer without a rule and its position; no layer is ever skipped.
         ValueError: for an epsilon that is negative or NaN, an x outside of `clip`, a `sparse_threshold` without a box,
-            or for batch normalisation or dropout in training mode.
+            norms that allow for rounding and round factors too, or batch normalisation or dropout in training mode.
     """
     valid = (epsilon >= 0).all() if isinstance(epsilon, Tensor) else epsilon >= 0
     if not valid:
