@@ -86,9 +86,11 @@ def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[
     checkpoint = utils.load_checkpoint(path)
     trained = checkpoint.get("arguments")
     trained = trained if isinstance(trained, dict) else {}
-    for name, otherwise in (("data", "mnist"), ("model", "relux"), ("width", 1.0)):
+    for name, kind, otherwise in (("data", str, "mnist"), ("model", str, "relux"), ("width", int | float, 1.0)):
         if getattr(args, name) is None:
             setattr(args, name, trained.get(name, otherwise))
+        if not isinstance(getattr(args, name), kind):
+            raise InputError(f"{path} does not say what it was trained with: its {name} is {getattr(args, name)!r}")
     classes = count_classes(args.data, args.data_dir)
     model = utils.select_model(args.data, args.model, width=args.width, classes=classes)
     utils.load_weights(model, checkpoint["state_dict"], str(path))
@@ -367,7 +369,7 @@ def global_radius(model: nn.Sequential, logits: Tensor, y: Tensor, lipschitz: Te
 def find_checkpoint(saved_model: str) -> Path:
     """The file of that name, or the best checkpoint of the run with that prefix."""
     for path in (Path(saved_model), Path(saved_model + "_best.pth")):
-        if path.is_file():
+        if utils.exists(path) and path.is_file():
             return path
     raise InputError(f"no checkpoint: neither {saved_model} nor {saved_model}_best.pth is a file")
 
@@ -389,8 +391,7 @@ def _evaluate_checkpoint(args: argparse.Namespace) -> dict[str, Outcome]:
     folders = [Path(args.out) / kind if both else Path(args.out) for kind in kinds if args.out]
     for folder in folders if distributed.is_main() else []:
         utils.check_writable(folder)
-        if (folder / "summary.json").exists() and not args.overwrite:
-            raise InputError(f"{folder} has a report already; choose another --out, or --overwrite")
+        report.refuse_existing(folder / "summary.json", args.overwrite)
 
     torch.manual_seed(args.seed + distributed.rank())
     started = time.perf_counter()

@@ -56,12 +56,14 @@ def main() -> None:
     flag("--restarts", type=utils.positive_int, default=10, help="random starts of PGD per certified image")
     flag("--slope_steps", type=utils.positive_int, default=100, help="steps of the attack on the bound")
     flag("--out", help="folder for the CSV row per image and the picture of bounds and slopes")
+    flag("--overwrite", action="store_true", help="replace a report that --out has already")
     args = parser.parse_args()
     model, images, _, _ = evaluate.load(args)
     if args.epsilon == 0:
         raise utils.InputError("there is nothing to attack at --epsilon 0")
     if args.out:
         utils.check_writable(Path(args.out))
+        report.refuse_existing(Path(args.out) / "attacks.csv", args.overwrite)
     torch.manual_seed(args.seed)
     exact = copy.deepcopy(model).double()
     norms = ProvenNorms(args.failure_probability, len(images) * len(model) * (len(STAGES) + 1))
@@ -101,11 +103,11 @@ def finish(columns: dict[str, np.ndarray], images: int, epsilon: float, restarts
             f"{np.median(columns['local_bound']):.4g}, global bound {columns['global_bound'][0]:.4g}; "
             f"slope / local bound {tightness:.3f}"
         )
-    if folder and count:
+    if folder:
         rows = [{name: values[i] for name, values in columns.items()} for i in range(count)]
-        utils.write_csv(folder / "attacks.csv", rows)
+        utils.write_csv(folder / "attacks.csv", rows, list(columns))
         picture = folder / "bounds_and_slopes.png"
-        report.bounds_and_slopes(columns["global_bound"][0], columns["local_bound"], columns["slope"], epsilon, picture)
+        report.bounds_and_slopes(columns["global_bound"], columns["local_bound"], columns["slope"], epsilon, picture)
         print(picture)
     if broken.any():
         print(f"BROKEN CERTIFICATE: {broken.sum()} proven certificates fell; please report this", file=sys.stderr)

@@ -755,8 +755,9 @@ def prove(
     An image is decided when its margin is positive, or when it would not be with norms at the lower ends of their
     brackets. Only the first certifies; the second saves work. Arguments and errors are those of `propagate`.
 
-    model, x: float64. y: (N,).
+    model, x: float64. y: (N,) int64; anything else is a ValueError.
     """
+    _refuse_labels(y, x)
     epsilon = torch.as_tensor(epsilon, dtype=x.dtype, device=x.device).expand(len(x))
     still_open = torch.arange(len(x), device=x.device)
     decided: list[int] = []
@@ -776,6 +777,11 @@ def prove(
             break
     logits, margin, local, *shares = known
     return Proof(logits, margin, local, bound.global_lipschitz, tuple(shares), [*decided, len(still_open)])
+
+
+def _refuse_labels(y: Tensor, x: Tensor) -> None:
+    if y.shape != (len(x),) or y.dtype != torch.int64:
+        raise ValueError(f"need one label per image, (N,) int64, got {tuple(y.shape)} {y.dtype} for {len(x)} images")
 
 
 def _margins(bound: Bound, y: Tensor, epsilon: Tensor, norms: ProvenNorms) -> tuple[Tensor, Tensor]:
@@ -878,7 +884,7 @@ def certify(
 
     Raises:
         TypeError: names the first layer without a rule and its position.
-        ValueError: as `propagate`, or for a certificate of another name.
+        ValueError: as `propagate`, for labels of another shape, or for a certificate of another name.
     """
     model, x, norms = _prepare(model, x, certificate, failure_probability)
     return _certified(model, x, y, epsilon, norms)
@@ -907,7 +913,8 @@ def certified_radius(
     questions = 3 + 2 * math.ceil(max(0.0, math.log2(limit / tolerance)))
     model, x, norms = _prepare(model, x, certificate, failure_probability, questions)
     if y is None:
-        y = model(x).argmax(dim=1)
+        # Not by a call of the model, which a layer in training mode would learn from before it is refused.
+        y = propagate(model, x, 0.0, norms, box=False).logits.argmax(dim=1)
     good = x.new_zeros(len(x))
     possible = _certified(model, x, y, good, norms)
     bad = torch.full_like(good, min(tolerance, limit))
@@ -945,6 +952,7 @@ def _certified(model: nn.Sequential, x: Tensor, y: Tensor, epsilon: float | Tens
     if isinstance(norms, ProvenNorms):
         margin = prove(model, x, y, epsilon, norms).margin
     else:
+        _refuse_labels(y, x)
         bound = propagate(model, x, epsilon, norms)
         margin = worst_margin(worst_logits(bound, y, _ROUNDS), y)
     return (margin > 0) & x.flatten(1).isfinite().all(dim=1)

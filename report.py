@@ -112,9 +112,8 @@ _PACKAGES = ("torch", "torchvision", "numpy", "advertorch")
 
 
 def _ratio(outcome: Outcome) -> np.ndarray:
-    """(N,) local over global Lipschitz bound; NaN where the global one decided, is 0, or one is not finite."""
-    usable = np.isfinite(outcome.local_bound) & np.isfinite(outcome.global_bound) & (outcome.global_bound > 0)
-    usable &= outcome.local_bound != outcome.global_bound
+    """(N,) local over global Lipschitz bound; NaN where it is not smaller, or one of them not finite."""
+    usable = np.isfinite(outcome.global_bound) & (outcome.local_bound < outcome.global_bound)
     return np.divide(outcome.local_bound, outcome.global_bound, out=np.full(len(usable), np.nan), where=usable)
 
 
@@ -178,7 +177,7 @@ def as_text(summary: dict) -> str:
         lines.append(
             f"Lipschitz bound up to the last hidden layer: global {lipschitz['global']:.4g}, local "
             f"{lipschitz['local_median']:.4g}, local / global {lipschitz['local_over_global_median']:.3f} "
-            f"(medians of the {lipschitz['images_with_local']} images that the global bound does not decide)"
+            f"(medians of the {lipschitz['images_with_local']} images whose local bound came out smaller)"
         )
     if summary["not_a_number"]:
         lines.append(f"{summary['not_a_number']} images have a NaN in their bound and count as not certified")
@@ -194,6 +193,16 @@ def _how_certified(certificate: dict) -> str:
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
+
+
+def refuse_existing(file: Path, overwrite: bool) -> None:
+    """Refuse to replace a report of which this is a file, unless asked to.
+
+    Raises:
+        InputError: if it exists and `overwrite` is False.
+    """
+    if not overwrite and utils.exists(file):
+        raise InputError(f"{file.parent} has a report already; choose another --out, or --overwrite")
 
 
 def write(folder: Path, outcome: Outcome, summary: dict) -> list[Path]:
@@ -269,14 +278,14 @@ def _certified_over_radius(outcome: Outcome, epsilon: float) -> Figure:
     return figure
 
 
-def bounds_and_slopes(everywhere: float, local: np.ndarray, slope: np.ndarray, epsilon: float, path: Path) -> None:
+def bounds_and_slopes(everywhere: np.ndarray, local: np.ndarray, slope: np.ndarray, epsilon: float, path: Path) -> None:
     """Draw both Lipschitz bounds and the steepest slope that an attack found, image by image.
 
-    local, slope: (N,), sorted by `local` for the picture. path: of the PNG.
+    everywhere, local, slope: (N,), sorted by `local` for the picture. path: of the PNG.
     """
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     order, places = np.argsort(local), np.arange(len(local))
-    axes.axhline(everywhere, color=GLOBAL, linewidth=1.8, linestyle="--", label="global bound")
+    axes.plot(places, everywhere[order], color=GLOBAL, linewidth=1.8, linestyle="--", label="global bound")
     axes.plot(places, local[order], color=LOCAL, linewidth=2.4, label="local bound")
     axes.plot(places, slope[order], "v", color=ATTACK, markersize=3.5, label="steepest slope found")
     axes.set(xlim=(0, max(len(local) - 1, 1)), ylim=(0, None), xlabel="image", ylabel="Lipschitz constant")
@@ -439,7 +448,7 @@ def _remarks(row: Row, summary: dict) -> list[str]:
         remarks.append("convolutions of the training in bfloat16")
     if training.get("val_split"):
         remarks.append(f"the epoch picked on {training['val_split']:,} held-out training images")
-    if abs(summary["epsilon"] - row.epsilon) > 2e-4:  # the authors evaluated at 0.141 what they call 36/255
+    if summary["epsilon"] != row.epsilon:
         remarks.append(f"at ε = {summary['epsilon']:g}")
     if width != 1:
         remarks.append(f"{width:g} of the width")

@@ -11,8 +11,10 @@ set_up() {
     wanted=$(cksum <requirements.txt)
     PYTHON=.venv/bin/python
     if [ -x "$PYTHON" ] && [ "$(cat .venv/requirements.cksum 2>/dev/null)" = "$wanted" ]; then return; fi
+    python3 -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' ||
+        { echo "error: needs Python 3.10 to 3.12 as python3, not $(python3 --version 2>&1)" >&2; exit 2; }
     echo "setting up .venv from requirements.txt (once; a few minutes)"
-    python3 -m venv .venv
+    python3 -m venv --clear .venv
     "$PYTHON" -m pip install --quiet --requirement requirements.txt
     echo "$wanted" >.venv/requirements.cksum
 }
@@ -64,12 +66,11 @@ train_tinyimagenet() {
 
 # evaluate JOB DATA MODEL PREFIX [ARGUMENTS ...]; each certificate has a report of its own
 evaluate() {
-    local epsilon=0.141 certificate=proven batch=256 start=("$PYTHON" evaluate.py)
+    local certificate=proven batch=256 start=("$PYTHON" evaluate.py)
     if [ "$2" = tinyimagenet ]; then batch=32 start=(launch TinyImagenet/evaluate_tinyimagenet.py); fi
-    if [ "$2" = mnist ]; then epsilon=1.58; fi
     if [[ " ${*:5} " == *" --certificate"[\ =]"estimate "* ]]; then certificate=estimate; fi
     if [[ " ${*:5} " == *" --certificate"[\ =]"both "* ]]; then certificate=; fi
-    "${start[@]}" --data "$2" --model "$3" --epsilon "$epsilon" --test_batch_size "$batch" --test_sniter 2000 \
+    "${start[@]}" --data "$2" --model "$3" --test_batch_size "$batch" --test_sniter 2000 \
         --saved_model "pretrained/$4" --out "results/$1/$certificate" "${@:5}"
 }
 

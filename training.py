@@ -479,11 +479,13 @@ class RunFiles:
 
     def __init__(self, folder: Path, prefix: str):
         stem = folder / prefix
+        if Path(prefix).name in ("", ".."):
+            raise InputError(f"--prefix '{prefix}' ends in no name for files")
         self.best, self.checkpoint, self.log = (
             stem.with_name(stem.name + ending) for ending in ("_best.pth", "_checkpoint.pth", "_epochs.csv")
         )
 
     def refuse_existing(self, overwrite: bool) -> None:
         for path in (self.best, self.checkpoint, self.log):
-            if path.exists() and not overwrite:
+            if not overwrite and utils.exists(path):
                 raise InputError(f"{path} exists; choose another --prefix, or --resume, or --overwrite")

@@ -45,12 +45,19 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         main()
     except ScriptError as error:
         _fail(str(error), error.exit_code)
-    except torch.OutOfMemoryError:
-        _fail("out of GPU memory; lower --batch_size or --test_batch_size", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail("out of memory; lower --batch_size or --test_batch_size", 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On a CPU, PyTorch has no type of its own for it.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def keep_freed_memory() -> None:
@@ -385,6 +392,13 @@ def positive_float(text: str) -> float:
     return value
 
 
+def scale(text: str) -> float:
+    value = positive_float(text)
+    if value > 100:
+        raise argparse.ArgumentTypeError(f"must be at most 100, got {text}")
+    return value
+
+
 def positions(text: str) -> list[int]:
     """Positions in a network, separated by commas."""
     try:
@@ -427,7 +441,7 @@ def training_arguments(
     flag("--epochs", type=positive_int, help="length of the training")
     flag("--warmup", type=natural_int, help="epochs at epsilon 0, with the clean loss only")
     flag("--rampup", type=natural_int, help="epochs in which epsilon rises and kappa falls, after the warm-up")
-    flag("--scale", type=positive_float, default=1.0, help="shorten (or stretch) epochs, warm-up and ramp-up alike")
+    flag("--scale", type=scale, default=1.0, help="shorten (or stretch) epochs, warm-up and ramp-up alike")
     flag("--epsilon", type=natural_float, help="L2 radius of validation, in pixel space (pixels in [0, 1])")
     flag("--epsilon_train", type=natural_float, help="L2 radius at the end of the ramp-up")
     flag("--gloro", action="store_true", help="GloRo loss instead of BCP loss")
@@ -508,13 +522,25 @@ def first_line(error: Exception) -> str:
     return text.splitlines()[0][:160]
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows under the keys of the first, whole or not at all."""
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """Write rows, whole or not at all. columns: their keys; None: those of the first row."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if columns is None else columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file or folder of that name.
+
+    Raises:
+        InputError: if that cannot be found out.
+    """
+    try:
+        return path.exists()
+    except OSError as error:  # such as a name that is too long
+        raise InputError(f"cannot look for {path}: {first_line(error)}") from None
 
 
 def check_writable(folder: Path) -> None:
@@ -544,7 +570,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         InputError: if the file is missing, damaged or no checkpoint.
     """
-    if not path.is_file():
+    if not (exists(path) and path.is_file()):
         raise InputError(f"no checkpoint at {path}")
     try:
         with warnings.catch_warnings():

@@ -91,6 +91,9 @@ BAD_TRAINING_FLAGS = [
     (["--epochs", "10", "--warmup", "6", "--rampup", "5"], "10 epochs are shorter"),
     (["--scale", "0.001"], "epochs are shorter"),
     (["--scale", "nan"], "--scale"),
+    (["--scale", "1e307"], "--scale"),
+    (["--prefix", "/"], "--prefix"),
+    (["--prefix", "runs/.."], "--prefix"),
     (["--rampup", "-1"], "--rampup"),
     (["--lr", "0"], "--lr"),
     (["--lr", "inf"], "--lr"),
@@ -139,6 +142,15 @@ def test_resume_from_a_damaged_checkpoint_is_refused(training_refused):
 
 def test_a_second_run_on_a_prefix_is_refused(refused, few_digits, output_dir):
     refused("exists", "train_mnist", "--output_dir", output_dir)
+
+
+@pytest.mark.parametrize("overwrite", ["--overwrite", "--resume"])
+def test_a_prefix_that_is_too_long_for_a_file_is_refused(training_refused, overwrite):
+    training_refused("too long", "--prefix", "x" * 300, overwrite=overwrite)
+
+
+def test_a_checkpoint_whose_name_is_too_long_is_refused(evaluation_refused):
+    evaluation_refused("too long", "x" * 300)
 
 
 # --- checkpoints
@@ -286,6 +298,17 @@ def test_a_report_is_not_replaced_unasked(call, saved_net, tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before
 
 
+def test_a_report_on_attacks_is_not_replaced_unasked(call, saved_net, tmp_path):
+    flags = [*TINY, "--saved_model", saved_net, "--images", 8, "--restarts", 1, "--slope_steps", 2]
+    flags += ["--out", tmp_path / "report"]
+    assert call("falsify", *flags, "--epsilon", 1e-4).code == 0
+    before = contents(tmp_path)
+    assert_refused(call("falsify", *flags, "--epsilon", 5), "--overwrite")
+    assert contents(tmp_path) == before
+    assert call("falsify", *flags, "--epsilon", 5, "--overwrite").code == 0
+    assert (tmp_path / "report" / "attacks.csv").read_text() == "local_bound,global_bound,slope,fallen\n"
+
+
 @pytest.mark.parametrize("flags", [["--deployed", "float32"], ["--certificate_seed", 1]], ids=str)
 def test_an_estimate_does_not_pretend_to_more(evaluation_refused, saved_net, flags):
     evaluation_refused("belong to a proven certificate", saved_net, "--certificate", "estimate", *flags)
@@ -295,3 +318,10 @@ def test_a_checkpoint_with_foreign_arguments_is_evaluated_by_the_flags(call, sav
     checkpoint = utils.load_checkpoint(saved_net)
     utils.save_checkpoint(saved_net, checkpoint | {"arguments": "a string"})
     assert call("evaluate", *TINY, "--saved_model", saved_net, "--images", 2, "--epsilon", 0.01).code == 0
+
+
+@pytest.mark.parametrize("arguments", [{"width": "wide"}, {"model": ["relux"]}, {"data": None}], ids=str)
+def test_a_checkpoint_that_says_nonsense_about_its_training_is_refused(call, saved_net, arguments):
+    checkpoint = utils.load_checkpoint(saved_net)
+    utils.save_checkpoint(saved_net, checkpoint | {"arguments": arguments})
+    assert_refused(call("evaluate", "--saved_model", saved_net, "--images", 2), "does not say what")

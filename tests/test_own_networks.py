@@ -415,12 +415,23 @@ def test_a_certificate_of_another_name_is_refused(ask):
         ask(nn.Sequential(nn.Linear(6, 3)), torch.rand(2, 6), **known)
 
 
+@pytest.mark.parametrize("certificate", ["proven", "estimate"])
+@pytest.mark.parametrize("y", [torch.zeros(3, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(2)])
+@pytest.mark.parametrize(
+    "ask", [functools.partial(certify, epsilon=0.1), certified_radius], ids=["certify", "certified_radius"]
+)
+def test_there_must_be_one_label_for_every_image(ask, y, certificate):
+    with pytest.raises(ValueError, match="one label per image"):
+        ask(nn.Sequential(nn.Linear(6, 3)), torch.rand(2, 6), y, certificate=certificate)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 PUBLIC = {
     "local_lipschitz": lambda model, x: local_lipschitz(model, x, 0.1),
     "certify": lambda model, x: certify(model, x, torch.zeros(IMAGES, dtype=torch.long), 0.1),
     "certified_radius": certified_radius,
+    "certified_radius, estimated": functools.partial(certified_radius, certificate="estimate"),
 }
 
 

@@ -134,7 +134,7 @@ def test_the_summary_compares_the_two_bounds(outcome, summarize):
     assert summarize(outcome)["lipschitz"] == expected
 
 
-def test_images_that_the_global_bound_decided_have_no_local_one_to_compare(outcome, summarize):
+def test_images_whose_local_bound_is_the_global_one_do_not_count_in_the_comparison(outcome, summarize):
     outcome.local_bound[[0, 3]] = outcome.global_bound[[0, 3]]
     expected = {"images_with_local": 2, "local_median": 1.375, "global": 2, "local_over_global_median": 0.6875}
     assert summarize(outcome)["lipschitz"] == expected
@@ -357,6 +357,12 @@ def test_proven_and_estimated_certificates_stand_side_by_side(repository, finish
     *_, proven, estimate, remarks = cells(repository)
     assert (proven, estimate) == ("54.6", "55.0")
     assert remarks.count("an abacus") == 1
+
+
+@pytest.mark.parametrize(("epsilon", "said"), [(36 / 255, False), (0.141, True)])
+def test_a_radius_below_the_one_of_the_row_is_named(repository, finish, epsilon, said):
+    finish(epsilon=epsilon)
+    assert ("at ε = 0.141" in row(repository)) == said
 
 
 def test_an_estimate_of_less_effort_and_a_certificate_for_valid_images_only_are_called_so(repository, finish):

@@ -2,6 +2,7 @@ import argparse
 import os
 import re
 import shlex
+import shutil
 import subprocess
 
 import numpy as np
@@ -68,7 +69,16 @@ def test_the_published_evaluation_command_parses(command_line):
     assert args.saved_model == "pretrained/relu/mnist_4C3F"
 
 
-@pytest.mark.parametrize(("error", "code"), [(utils.InputError("no such thing"), 2), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (utils.InputError("no such thing"), 2),
+        (KeyboardInterrupt(), 130),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nfurther lines"), 1),
+        (MemoryError(), 1),
+    ],
+)
 def test_scripts_end_with_the_code_of_what_went_wrong(error, code, capsys):
     def main():
         raise error
@@ -77,6 +87,14 @@ def test_scripts_end_with_the_code_of_what_went_wrong(error, code, capsys):
         utils.run_script(main)
     assert exit.value.code == code
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_an_error_of_the_program_keeps_its_traceback():
+    def main():
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        utils.run_script(main)
 
 
 # --- jobs
@@ -96,22 +114,21 @@ JOBS = {
     "cifar10-6c2f-gloro": "train_cifar10.py --model c6f2_relux --sniter 2 --init 2.0 --end_lr 1e-6 --gloro",
     "cifar10-6c2f-maxmin": "train_cifar10.py --model c6f2_clmaxmin --sniter 2 --end_lr 1e-6 "
     "--prefix maxmin/cifar_6C2F_maxmin",
-    "evaluate-mnist-4c3f": f"evaluate.py --data mnist --model relux --epsilon 1.58 {EFFORT} "
-    "--saved_model pretrained/relu/mnist_4C3F",
-    "evaluate-mnist-4c3f-maxmin": f"evaluate.py --data mnist --model c4f3_clmaxmin --epsilon 1.58 {EFFORT} "
+    "evaluate-mnist-4c3f": f"evaluate.py --data mnist --model relux {EFFORT} --saved_model pretrained/relu/mnist_4C3F",
+    "evaluate-mnist-4c3f-maxmin": f"evaluate.py --data mnist --model c4f3_clmaxmin {EFFORT} "
     "--saved_model pretrained/maxmin/mnist_4C3F_maxmin",
-    "evaluate-cifar10-4c3f": f"evaluate.py --data cifar10 --model relux --epsilon 0.141 {EFFORT} "
+    "evaluate-cifar10-4c3f": f"evaluate.py --data cifar10 --model relux {EFFORT} "
     "--saved_model pretrained/relu/cifar_4C3F",
-    "evaluate-cifar10-6c2f": f"evaluate.py --data cifar10 --model c6f2_relux --epsilon 0.141 {EFFORT} "
+    "evaluate-cifar10-6c2f": f"evaluate.py --data cifar10 --model c6f2_relux {EFFORT} "
     "--saved_model pretrained/relu/cifar_6C2F",
-    "evaluate-cifar10-6c2f-gloro": f"evaluate.py --data cifar10 --model c6f2_relux --epsilon 0.141 {EFFORT}",
-    "evaluate-cifar10-6c2f-maxmin": f"evaluate.py --data cifar10 --model c6f2_clmaxmin --epsilon 0.141 {EFFORT} "
+    "evaluate-cifar10-6c2f-gloro": f"evaluate.py --data cifar10 --model c6f2_relux {EFFORT}",
+    "evaluate-cifar10-6c2f-maxmin": f"evaluate.py --data cifar10 --model c6f2_clmaxmin {EFFORT} "
     "--saved_model pretrained/maxmin/cifar_6C2F_maxmin",
     "tinyimagenet-8c2f": f"{FOUR} TinyImagenet/train_tinyimagenet.py {TINY_IMAGENET} --model tinyimagenet_relux "
     "--sniter 1 --init 1.0 --lr 2.5e-4 --prefix relu/tiny_8C2F",
     "tinyimagenet-8c2f-maxmin": f"{FOUR} TinyImagenet/train_tinyimagenet.py {TINY_IMAGENET} --model tiny_clmaxmin "
     "--sniter 3 --lr 1e-4 --prefix maxmin/tiny_8C2F_maxmin",
-    "evaluate-tinyimagenet-8c2f": f"{FOUR} TinyImagenet/evaluate_tinyimagenet.py --data tinyimagenet --epsilon 0.141 "
+    "evaluate-tinyimagenet-8c2f": f"{FOUR} TinyImagenet/evaluate_tinyimagenet.py --data tinyimagenet "
     "--model tinyimagenet_relux --test_batch_size 32 --test_sniter 2000 --saved_model pretrained/relu/tiny_8C2F",
     "evaluate-tinyimagenet-8c2f-maxmin": f"{FOUR} TinyImagenet/evaluate_tinyimagenet.py --model tiny_clmaxmin "
     "--saved_model pretrained/maxmin/tiny_8C2F_maxmin",
@@ -195,6 +212,22 @@ def test_falsification_starts_with_the_prefix_of_a_checkpoint_and_is_refused_wit
     assert run_job("falsify", "runs/net", "--device", "cpu").out.splitlines() == words
     answer = run_job("falsify")
     assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1)
+
+
+def test_a_python_that_does_not_suit_is_refused_before_anything_is_made(tmp_path):
+    for name in ("run_job.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    old = tmp_path / "bin" / "python3"
+    old.parent.mkdir()
+    old.write_text('#!/bin/sh\nif [ "$1" = --version ]; then echo Python 3.9.18; else exit 1; fi\n')
+    old.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{old.parent}:{os.environ['PATH']}"}
+    environment.pop("PYTHON", None)
+    command = ["bash", tmp_path / "run_job.sh", "test"]
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert answer.stderr == "error: needs Python 3.10 to 3.12 as python3, not Python 3.9.18\n"
+    assert not (tmp_path / ".venv").exists()
 
 
 def test_the_tests_take_further_arguments(run_job):
