@@ -449,7 +449,7 @@ def _remarks(row: Row, summary: dict) -> list[str]:
     if training.get("val_split"):
         remarks.append(f"the epoch picked on {training['val_split']:,} held-out training images")
     if summary["epsilon"] != row.epsilon:
-        remarks.append(f"at ε = {summary['epsilon']:g}")
+        remarks.append(f"{certificate['kind']} at ε = {summary['epsilon']:g}")
     if width != 1:
         remarks.append(f"{width:g} of the width")
     if summary["images"] != 10000:

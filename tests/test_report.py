@@ -362,7 +362,9 @@ def test_proven_and_estimated_certificates_stand_side_by_side(repository, finish
 @pytest.mark.parametrize(("epsilon", "said"), [(36 / 255, False), (0.141, True)])
 def test_a_radius_below_the_one_of_the_row_is_named(repository, finish, epsilon, said):
     finish(epsilon=epsilon)
-    assert ("at ε = 0.141" in row(repository)) == said
+    finish(kind="estimate", epsilon=36 / 255)
+    assert ("proven at ε = 0.141" in row(repository)) == said
+    assert "estimate at" not in row(repository)
 
 
 def test_an_estimate_of_less_effort_and_a_certificate_for_valid_images_only_are_called_so(repository, finish):
