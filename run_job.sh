@@ -5,16 +5,19 @@ set -euo pipefail
 called_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+suits() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
+
 set_up() {
     if [ -n "${PYTHON:-}" ]; then return; fi
-    local wanted
+    local wanted fresh=
     wanted=$(cksum <requirements.txt)
     PYTHON=.venv/bin/python
     if [ -x "$PYTHON" ] && [ "$(cat .venv/requirements.cksum 2>/dev/null)" = "$wanted" ]; then return; fi
-    python3 -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' ||
+    suits python3 ||
         { echo "error: needs Python 3.10 to 3.12 as python3, not $(python3 --version 2>&1)" >&2; exit 2; }
     echo "setting up .venv from requirements.txt (once; a few minutes)"
-    python3 -m venv --clear .venv
+    suits "$PYTHON" || fresh=--clear
+    python3 -m venv $fresh .venv
     "$PYTHON" -m pip install --quiet --requirement requirements.txt
     echo "$wanted" >.venv/requirements.cksum
 }
