@@ -20,10 +20,10 @@ import report
 import utils
 from data_load import ImageSet, count_classes, load_data
 from dependencies import L2PGDAttack
-from local_bound import STAGES, eliminated, propagate, prove, worst_logits, worst_margin
-from proven_norm import DEPLOYED, ProvenNorms
+from local_bound import LANCZOS_STEPS, eliminated, propagate, prove, worst_logits, worst_margin
+from locallip.bound.proven_norms import DEPLOYED, ProvenNorms
 from report import CERTIFIED_MULTIPLES, PGD_MULTIPLES, Outcome
-from spectral_norm import PowerIteration
+from locallip.bound.power_iteration import PowerIteration
 from utils import InputError
 
 PGD_STEPS = 100
@@ -143,9 +143,9 @@ class Estimate:
         return {
             "margin": worst_margin(bound.logits, y),
             "worst_margin": worst_margin(worst_logits(bound, y, self.args.test_opt_iter), y),
-            "local_bound": bound.local_lipschitz,
-            "global_bound": bound.global_lipschitz.expand(len(x)),
-            "global_radius": global_radius(self.model, bound.logits, y, bound.global_lipschitz),
+            "local_bound": bound.hidden_lipschitz,
+            "global_bound": bound.global_hidden_lipschitz.expand(len(x)),
+            "global_radius": global_radius(self.model, bound.logits, y, bound.global_hidden_lipschitz),
             "eliminated_rows": rows,
             "eliminated_columns": columns,
         }
@@ -178,12 +178,12 @@ class Proven:
         asked = images + len(CERTIFIED_MULTIPLES) * (
             min(images, args.curve_images + args.test_batch_size) if args.out else 0
         )
-        planned = asked * len(self.model) * len(STAGES)
+        planned = asked * len(self.model) * len(LANCZOS_STEPS)
         compares = args.clip or args.deployed != "exact"
         probability = args.failure_probability / (2 if compares else 1) / distributed.processes()
         seed = None if args.certificate_seed is None else args.certificate_seed + 2 * distributed.rank()
         self.norms = ProvenNorms(probability, planned, seed=seed, deployed=args.deployed)
-        self.decided = [0] * (len(STAGES) + 1)
+        self.decided = [0] * (len(LANCZOS_STEPS) + 1)
         # What --clip gains and --deployed costs is measured beside the certificate without them.
         self.plain_norms: ProvenNorms | None = None
         self.plain_certified = 0
@@ -195,24 +195,24 @@ class Proven:
         proof = prove(self.model, x.double(), y, self.args.epsilon, self.norms, self.clip)
         if self.plain_norms is not None:
             plain = prove(self.model, x.double(), y, self.args.epsilon, self.plain_norms)
-            self.plain_certified += int((plain.margin > 0).sum())
+            self.plain_certified += int((plain.worst_margin > 0).sum())
         open_to_the_end = proof.decided.pop()
         for stage, count in enumerate(proof.decided):
             self.decided[stage] += count
         self.decided[-1] += open_to_the_end
         return {
             "margin": worst_margin(proof.logits, y),
-            "worst_margin": proof.margin,
-            "local_bound": proof.local_lipschitz,
-            "global_bound": proof.global_lipschitz.expand(len(x)),
-            "global_radius": global_radius(self.model, proof.logits, y, proof.global_lipschitz),
+            "worst_margin": proof.worst_margin,
+            "local_bound": proof.hidden_lipschitz,
+            "global_bound": proof.global_hidden_lipschitz.expand(len(x)),
+            "global_radius": global_radius(self.model, proof.logits, y, proof.global_hidden_lipschitz),
             "eliminated_rows": proof.eliminated[0],
             "eliminated_columns": proof.eliminated[1],
         }
 
     def at(self, x: Tensor, y: Tensor, epsilon: float) -> Tensor:
         """Certified (N,) at another radius."""
-        return prove(self.model, x.double(), y, epsilon, self.norms, self.clip).margin > 0
+        return prove(self.model, x.double(), y, epsilon, self.norms, self.clip).worst_margin > 0
 
     def describe(self) -> dict[str, Any]:
         """For the summary, of all processes together; `seed` lists theirs if there are several."""
@@ -224,7 +224,7 @@ class Proven:
             "seed": seeds[0] if len(seeds) == 1 else seeds,
             "deployed": self.args.deployed,
             "clip": self.args.clip,
-            "lanczos_steps": list(STAGES),
+            "lanczos_steps": list(LANCZOS_STEPS),
             "decided": [sum(counts) for counts in zip(*distributed.gather(self.decided))],
             "certified_plain": None if self.plain_norms is None else plain_certified,
         }

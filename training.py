@@ -17,9 +17,10 @@ from tqdm import tqdm
 import distributed
 import utils
 from data_load import AUGMENTED, ImageSet, batch_sizes, count_classes, hold_out, load_data
-from fused_activation import compile_activations
+from locallip.bound.fused import compile_activations
 from local_bound import Norms, Position, bcp_loss, gloro_loss, propagate, worst_logits, worst_margin
-from spectral_norm import PowerIteration, StoredVectors
+from locallip.bound.power_iteration import PowerIteration
+from locallip.training.vectors import StoredVectors
 from utils import InputError, ScriptError, first_line
 
 # Power iterations per step of the first resumed epoch, in place of the singular vectors that checkpoints do not hold.

@@ -36,10 +36,11 @@ import utils
 from benchmarks.certification import timed
 from data_load import channels_last
 from evaluate import global_radius
-from fused_activation import compile_activations
-from local_bound import STAGES, propagate, prove
-from proven_norm import ProvenNorms
-from spectral_norm import PowerIteration, StoredVectors
+from locallip.bound.fused import compile_activations
+from local_bound import LANCZOS_STEPS, propagate, prove
+from locallip.bound.proven_norms import ProvenNorms
+from locallip.bound.power_iteration import PowerIteration
+from locallip.training.vectors import StoredVectors
 from training import Layout, RobustLoss, Step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,12 +160,12 @@ def _process_bytes(entry: str) -> int:
 def certified_seconds(bench: Bench, count: int) -> float:
     """Seconds per 1,000 images to certify a fresh network, at the radius at which the global bound just fails."""
     model, x = copy.deepcopy(bench.model).double().eval(), bench.images[:count].double()
-    norms = ProvenNorms(1e-6, count * len(model) * len(STAGES))
+    norms = ProvenNorms(1e-6, count * len(model) * len(LANCZOS_STEPS))
     norms.steps = 0
     bound = propagate(model, x, 0.0, norms)
     y = bound.logits.argmax(dim=1)
-    radius = 1.02 * global_radius(model, bound.logits, y, bound.global_lipschitz)
-    _, seconds = timed(lambda: prove(model, x, y, radius, norms).margin, x.device)
+    radius = 1.02 * global_radius(model, bound.logits, y, bound.global_hidden_lipschitz)
+    _, seconds = timed(lambda: prove(model, x, y, radius, norms).worst_margin, x.device)
     return 1000 * seconds / len(x)
 
 

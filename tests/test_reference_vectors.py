@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from local_bound import Bound, bcp_loss, gloro_logits, gloro_loss, propagate, worst_logits
-from spectral_norm import PowerIteration
+from locallip.bound.power_iteration import PowerIteration
 from utils import ClampGroupSort, ReLU_x
 
 FILES = sorted(Path(__file__).with_name("golden").glob("*.npz"))
