@@ -20,7 +20,8 @@ import report
 import utils
 from data_load import ImageSet, count_classes, load_data
 from dependencies import L2PGDAttack
-from local_bound import LANCZOS_STEPS, eliminated, propagate, prove, worst_logits, worst_margin
+from local_bound import propagate, prove, worst_logits, worst_margin
+from locallip.bound.proof import LANCZOS_STEPS, eliminated
 from locallip.bound.proven_norms import DEPLOYED, ProvenNorms
 from report import CERTIFIED_MULTIPLES, PGD_MULTIPLES, Outcome
 from locallip.bound.power_iteration import PowerIteration

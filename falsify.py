@@ -19,7 +19,8 @@ from tqdm import tqdm
 import evaluate
 import report
 import utils
-from local_bound import LANCZOS_STEPS, propagate, prove
+from local_bound import propagate, prove
+from locallip.bound.proof import LANCZOS_STEPS
 from locallip.bound.proven_norms import ProvenNorms
 
 

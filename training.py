@@ -18,7 +18,8 @@ import distributed
 import utils
 from data_load import AUGMENTED, ImageSet, batch_sizes, count_classes, hold_out, load_data
 from locallip.bound.fused import compile_activations
-from local_bound import Norms, Position, bcp_loss, gloro_loss, propagate, worst_logits, worst_margin
+from local_bound import Norms, bcp_loss, gloro_loss, propagate, worst_logits, worst_margin
+from locallip.bound.operators import Position
 from locallip.bound.power_iteration import PowerIteration
 from locallip.training.vectors import StoredVectors
 from utils import InputError, ScriptError, first_line

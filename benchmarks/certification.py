@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluate
 import utils
-from local_bound import LANCZOS_STEPS, propagate, prove, worst_logits, worst_margin
+from local_bound import propagate, prove
+from locallip.bound.proof import LANCZOS_STEPS, worst_logits, worst_margin
 from locallip.bound.proven_norms import ProvenNorms
 from locallip.bound.power_iteration import PowerIteration
 

@@ -37,7 +37,8 @@ from benchmarks.certification import timed
 from data_load import channels_last
 from evaluate import global_radius
 from locallip.bound.fused import compile_activations
-from local_bound import LANCZOS_STEPS, propagate, prove
+from local_bound import propagate, prove
+from locallip.bound.proof import LANCZOS_STEPS
 from locallip.bound.proven_norms import ProvenNorms
 from locallip.bound.power_iteration import PowerIteration
 from locallip.training.vectors import StoredVectors

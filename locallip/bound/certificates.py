@@ -1,4 +1,4 @@
-"""For a network of your own: its Lipschitz constants, whether its answer can change in a ball, and how large one can be."""
+"""For a network of your own: its Lipschitz constants, whether its answer can change in a ball, and the largest such."""
 
 from __future__ import annotations
 

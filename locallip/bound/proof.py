@@ -23,15 +23,20 @@ ROUNDS = 1000
 
 @dataclass(frozen=True)
 class Stage:
-    """One way to get norms, cheaper and looser than that of the stage behind it.
+    """One way to get norms, cheaper than that of the stage behind it.
 
     Attributes:
         name: for reports.
-        norms: whose brackets hold those of the stages behind.
+        norms: see there.
+        from_above: whether no upper end of their brackets is below that of the last stage, so that what is certified
+            stays so.
+        from_below: whether no lower end is above that of the last stage, so that what fails by them stays so.
     """
 
     name: str
     norms: Norms
+    from_above: bool = True
+    from_below: bool = True
 
 
 def proof_stages(norms: ProvenNorms) -> list[Stage]:
@@ -107,7 +112,8 @@ def decide(
     """Ask stage by stage whether images are certified, each only about those that are still open.
 
     An image is decided when its margin is positive, or when it would not be with norms at the lower ends of their
-    brackets. Only the first certifies; the second saves work. Nothing depends on the defaults of the process.
+    brackets, or if it is misclassified. Only the first certifies; the others save work. Nothing depends on the defaults
+    of the process.
 
     y: (N,) int64; anything else is a ValueError. Arguments and errors otherwise are those of `propagate`.
     """
@@ -120,12 +126,14 @@ def decide(
     for stage in stages:
         with torch.autocast(x.device.type, enabled=False):
             bound = propagate(graph, x[still_open], epsilon[still_open], stage.norms, clip)
-            margin, possible = _margins(bound, y[still_open], epsilon[still_open])
+            margin, best = _margins(bound, y[still_open], epsilon[still_open])
+            possible = worst_margin(bound.logits, y[still_open]) > 0
         found = [bound.logits, margin, bound.hidden_lipschitz, *eliminated(bound)]
         known = known or [column.clone() for column in found]
         for every, some in zip(known, found):
             every[still_open] = some
-        rest = ~(margin > 0) & possible
+        settled = ((margin > 0) & stage.from_above) | (~(best > 0) & stage.from_below)
+        rest = ~settled & possible
         decided.append(int((~rest).sum()))
         still_open = still_open[rest]
         if not len(still_open):
@@ -141,10 +149,9 @@ def refuse_labels(y: Any, x: Tensor) -> None:
 
 
 def _margins(bound: Bound, y: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
-    """The margin in the ball (N,), and whether better norms could make it positive (N,) bool."""
-    margin = worst_margin(worst_logits(bound, y, ROUNDS), y)
-    best = replace(bound, radius=epsilon * bound.lowest_hidden_lipschitz)
-    return margin, worst_margin(worst_logits(best, y, ROUNDS), y) > 0
+    """The margin in the ball, and that of norms at the lower ends of their brackets, (N,) each."""
+    lowest = replace(bound, radius=epsilon * bound.lowest_hidden_lipschitz)
+    return tuple(worst_margin(worst_logits(b, y, ROUNDS), y) for b in (bound, lowest))
 
 
 def eliminated(bound: Bound) -> tuple[Tensor, Tensor]:

@@ -49,12 +49,14 @@ class Region:
         """The region with a box that is larger by so much on every side."""
         return Region(self.center, self.lower - by, self.upper + by) if by else self
 
-    def behind(
-        self, operator: LinearOperator, radius: Tensor, radius_behind: Tensor, rounding: Tensor | float
-    ) -> Region:
-        """The region behind a linear layer.
+    def of_radius(self, radius: Tensor) -> Region:
+        """The region with a ball of that radius (N,), which only a `Point` keeps."""
+        return self
 
-        radius, radius_behind: (N,) of the ball before and behind it. rounding: by how much any sum can be off.
+    def behind(self, operator: LinearOperator, radius: Tensor, rounding: Tensor | float) -> Region:
+        """The region behind a linear layer, but for the radius.
+
+        radius: (N,) of the ball before it. rounding: by how much any sum can be off.
         """
         reach = per_image(radius, self.center.new_empty([1] * (1 + len(operator.output_shape)))) * operator.row_norms()
         stack, half = self.stack, self.half
@@ -128,7 +130,8 @@ class Point(Region):
     def widened(self, by: float) -> Region:
         return self
 
-    def behind(
-        self, operator: LinearOperator, radius: Tensor, radius_behind: Tensor, rounding: Tensor | float
-    ) -> Region:
-        return Point(operator.affine(self.center), radius_behind)
+    def of_radius(self, radius: Tensor) -> Region:
+        return Point(self.center, radius)
+
+    def behind(self, operator: LinearOperator, radius: Tensor, rounding: Tensor | float) -> Region:
+        return Point(operator.affine(self.center), radius)

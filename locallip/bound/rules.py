@@ -46,7 +46,7 @@ class Place:
     position: Position
     shape: torch.Size
     like: Tensor
-    arithmetic: Arithmetic = Arithmetic()
+    arithmetic: Arithmetic
 
 
 Rule = Callable[[nn.Module, Place], Meaning]

@@ -194,6 +194,7 @@ class _Walk:
         state = self._closed(state)
         radius = self._radius(state, state.local if self.norms.local_ball else state.whole)
         length = self._longest(state, radius)
+        region = state.region.behind(operator, radius, state.rounding.of_sums(operator, length))
         norm = self.norms.whole(operator)
         self._global_norms[operator.position] = norm.upper
         whole = state.rounding.product(state.whole, norm.upper)
@@ -202,9 +203,7 @@ class _Walk:
             absolute = self.norms.absolute(operator)
             behind = (rounding.behind_layer(operator, norm.upper, absolute, length) for rounding in behind)
         rounding, deployed = behind
-        radius_behind = rounding.product(self.epsilon, whole) + rounding.distance
-        sums = state.rounding.of_sums(operator, length)
-        region = state.region.behind(operator, radius, radius_behind, sums)
+        region = region.of_radius(rounding.product(self.epsilon, whole) + rounding.distance)
         still_open = _Open(operator, norm, state.columns)
         return _State(region, state.local, state.lowest, whole, rounding, deployed, None, still_open)
 
