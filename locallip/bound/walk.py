@@ -24,6 +24,27 @@ from locallip.bound.rules import Reshape
 from locallip.bound.tensors import per_image
 
 
+@dataclass(frozen=True)
+class HiddenLayer:
+    """A linear layer and what stands between it and the next one, around N images.
+
+    Attributes:
+        operator: W x + b.
+        activations: those behind it, in order; an empty tuple where another linear layer follows.
+        region: ball and box of the operator's outputs.
+        rows, columns: (N, *output_shape) bool, which outputs of the operator, and which of the activations behind it,
+            can vary in the ball; None: all.
+        norm: (N,) of what is left of the operator.
+    """
+
+    operator: LinearOperator
+    activations: tuple[Activation, ...]
+    region: Region
+    rows: Tensor | None
+    columns: Tensor | None
+    norm: Tensor
+
+
 @dataclass
 class Bound:
     """What `propagate` knows about a batch of N images, K classes and H units in the last hidden layer.
@@ -43,6 +64,7 @@ class Bound:
         last: the layer that makes the logits.
         last_columns: (N, H) bool, which of its inputs can vary in the ball; None: all.
         logit_rounding: (N, K) by how much rounding can change what `worst_logits` adds up; None: exact arithmetic.
+        layers: the hidden layers in order; None unless `propagate` was asked to keep them.
         sparsity: scalar, by how much boxes reach where activations vary; None unless `propagate` was asked for it.
     """
 
@@ -61,6 +83,7 @@ class Bound:
     last: Dense
     last_columns: Tensor | None
     logit_rounding: Tensor | None
+    layers: list[HiddenLayer] | None = None
     sparsity: Tensor | None = None
 
 
@@ -73,6 +96,7 @@ def propagate(
     sparse_threshold: float | None = None,
     fused: bool = True,
     box: bool = True,
+    keep_layers: bool = False,
 ) -> Bound:
     """Walk through the network with ball and box.
 
@@ -90,6 +114,7 @@ def propagate(
         box: False takes the ball alone along. Then nothing is known to be constant, local norms are the global ones,
             and the walk costs little more than a forward pass (the bound of GloRo: Leino et al. 2021). `clip` makes
             no use of valid images then, and there is no `sparse_threshold`.
+        keep_layers: asks for `Bound.layers`, which takes the memory of all activations.
 
     Raises:
         TypeError: names the first layer without a rule and its position; no layer is ever skipped.
@@ -106,7 +131,7 @@ def propagate(
         raise ValueError("how far boxes reach cannot be told without a box")
     graph = model if isinstance(model, Graph) else Graph.of(model)
     meanings = graph.meanings(x, norms.arithmetic)
-    walk = _Walk(epsilon, norms, sparse_threshold, fused)
+    walk = _Walk(epsilon, norms, sparse_threshold, fused, keep_layers)
     state = walk.first(x, clip, box)
     for position, meaning in meanings:
         if isinstance(meaning, LinearOperator):
@@ -128,6 +153,8 @@ class _Open:
     operator: LinearOperator
     whole: Bracket
     columns: Tensor | None
+    region: Region | None = None  # behind the layer, where layers are kept
+    activations: tuple[Activation, ...] = ()
     rows: Tensor | None = None
     rows_follow: bool = True
 
@@ -160,7 +187,8 @@ class _State:
 class _Walk:
     """Takes states from layer to layer; asks `norms` for the norms, and keeps what `Bound` reports of the layers."""
 
-    def __init__(self, epsilon: Tensor, norms: Norms, sparse_threshold: float | None, fused: bool):
+    def __init__(self, epsilon: Tensor, norms: Norms, sparse_threshold: float | None, fused: bool, keep_layers: bool):
+        self._layers: list[HiddenLayer] | None = [] if keep_layers else None
         self.epsilon, self.norms, self.sparse_threshold = epsilon, norms, sparse_threshold
         self._allows = norms.arithmetic.allows_for_rounding
         self._fused = fused and not self._allows
@@ -204,7 +232,7 @@ class _Walk:
             behind = (rounding.behind_layer(operator, norm.upper, absolute, length) for rounding in behind)
         rounding, deployed = behind
         region = region.of_radius(rounding.product(self.epsilon, whole) + rounding.distance)
-        still_open = _Open(operator, norm, state.columns)
+        still_open = _Open(operator, norm, state.columns, None if self._layers is None else region)
         return _State(region, state.local, state.lowest, whole, rounding, deployed, None, still_open)
 
     def activation(self, state: _State, position: Position, activation: Activation) -> _State:
@@ -221,9 +249,11 @@ class _Walk:
             region = region.widened(activation.rounding)
             rounding = rounding.behind_activation(activation.rounding, region.center[0].numel())
         columns, still_open = state.columns, state.open
+        if still_open:
+            follow = still_open.rows_follow and activation.elementwise
+            still_open = replace(still_open, rows_follow=follow, activations=(*still_open.activations, activation))
         if not activation.elementwise:
             columns = None
-            still_open = still_open and replace(still_open, rows_follow=False)
         if varying is not None:
             columns = varying if columns is None else varying & columns
             self._varying[position] = columns
@@ -262,6 +292,7 @@ class _Walk:
             last=last,
             last_columns=state.columns,
             logit_rounding=logit_rounding,
+            layers=self._layers,
             sparsity=self._sparsity,
         )
 
@@ -288,5 +319,9 @@ class _Walk:
             self._varying[operator.position] = rows
         self._masks[operator.position] = (rows, columns)
         self._local_norms[operator.position] = upper
+        if self._layers is not None:
+            behind = None if state.columns is None else state.columns.reshape(-1, *operator.output_shape)
+            kept = state.open
+            self._layers.append(HiddenLayer(operator, kept.activations, kept.region, rows, behind, upper))
         local = state.rounding.product(state.local, upper)
         return replace(state, local=local, lowest=state.lowest * lower, open=None)
