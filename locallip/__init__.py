@@ -8,6 +8,7 @@ The bound is in `locallip.bound`; `locallip.training` trains through it, `locall
 """
 
 from locallip.bound.activations import Activation, Clip, ClippedMaxMin, Elementwise
+from locallip.bound.bound import Bound
 from locallip.bound.certificates import Lipschitz, certified_radius, certify, local_lipschitz
 from locallip.bound.graph import Graph
 from locallip.bound.layers import ClampGroupSort, Normalize, ReLU_x
@@ -18,7 +19,7 @@ from locallip.bound.power_iteration import PowerIteration
 from locallip.bound.proof import Proof, Stage, decide, prove, proven_norms
 from locallip.bound.proven_norms import ProvenNorms
 from locallip.bound.rules import Place, Reshape, rule
-from locallip.bound.walk import Bound, propagate
+from locallip.bound.walk import propagate
 from locallip.bound.worst_case import gloro_logits, worst_logits, worst_margin
 
 __all__ = [

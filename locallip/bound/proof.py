@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from locallip.bound.bound import Bound
 from locallip.bound.graph import Graph
 from locallip.bound.norms import Norms
 from locallip.bound.proven_norms import ProvenNorms
-from locallip.bound.walk import Bound, propagate
+from locallip.bound.walk import propagate
 from locallip.bound.worst_case import worst_logits, worst_margin
 
 # Lanczos steps of the stages of a proof.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from locallip.bound.walk import Bound
+from locallip.bound.bound import Bound
+from locallip.bound.operators import Dense
 
 
 def worst_logits(bound: Bound, y: Tensor, rounds: int = 1) -> Tensor:
@@ -69,6 +70,16 @@ def _sqrt(x: Tensor) -> Tensor:
 def gloro_logits(bound: Bound, y: Tensor, rounds: int = 1) -> Tensor:
     """The logits at x with the largest worst-case wrong logit as one more class: (N, K + 1)."""
     return with_worst_class(bound.logits, worst_logits(bound, y, rounds), y)
+
+
+def global_radius(logits: Tensor, y: Tensor, last: Dense, hidden_lipschitz: Tensor) -> Tensor:
+    """Radius (N,) up to which a Lipschitz constant alone certifies; rounding is not allowed for.
+
+    logits: (N, K) at x. y: (N,) labels. last: the layer that makes them. hidden_lipschitz: up to the layer before.
+    """
+    margins = logits.gather(1, y[:, None]) - logits  # (N, K)
+    slopes = (last.weight[y].unsqueeze(1) - last.weight).norm(dim=2) * hidden_lipschitz
+    return (margins / slopes).scatter(1, y[:, None], torch.inf).amin(dim=1).clamp(min=0)
 
 
 def worst_margin(worst: Tensor, y: Tensor) -> Tensor:
