@@ -58,7 +58,7 @@ class Region:
 
         radius: (N,) of the ball before it. rounding: by how much any sum can be off.
         """
-        reach = per_image(radius, self.center.new_empty([1] * (1 + len(operator.output_shape)))) * operator.row_norms()
+        reach = radius.view(-1, *[1] * len(operator.output_shape)) * operator.row_norms()
         stack, half = self.stack, self.half
         if half.shape[1:] == operator.input_shape:
             half = operator.absolute(half)
