@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import distributed
 import utils
-from data_load import AUGMENTED, ImageSet, batch_sizes, count_classes, hold_out, load_data
+from data_load import DATA_SETS, ImageSet, batch_sizes, count_classes, hold_out, load_data
 from fused_activation import compile_activations
 from local_bound import Norms, Position, bcp_loss, gloro_loss, propagate, worst_logits, worst_margin
 from spectral_norm import PowerIteration, StoredVectors
@@ -318,7 +318,7 @@ class _Run:
             group["lr"] = lr
         tally = Tally(self.device)
         non_finite = torch.full((), self.batches, device=self.device)  # first batch whose loss is not finite
-        augment = self.args.data in AUGMENTED and not self.args.no_augmentation
+        augment = DATA_SETS[self.args.data].augmented and not self.args.no_augmentation
         batches = self.training_set.batches(self.args.batch_size, self.shuffle, augment, self.batches)
         for batch, (x, y, indices) in enumerate(batches):
             moment = epoch + batch / self.batches

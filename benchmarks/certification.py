@@ -47,7 +47,7 @@ def main() -> None:
     flag = parser.add_argument
     flag("--test_sniter", type=utils.positive_int, default=2000, help="power iterations of the published protocol")
     flag("--sample_batches", type=utils.positive_int, default=1, help="batches that the published protocol is timed on")
-    flag("--json", help="file for the figures")
+    flag("--json", type=utils.path, help="file for the figures")
     args = parser.parse_args()
     model, images, _, _ = evaluate.load(args)
     if args.json:
