@@ -56,7 +56,7 @@ def main() -> None:
     flag = parser.add_argument
     flag("--restarts", type=utils.positive_int, default=10, help="random starts of PGD per certified image")
     flag("--slope_steps", type=utils.positive_int, default=100, help="steps of the attack on the bound")
-    flag("--out", help="folder for the CSV row per image and the picture of bounds and slopes")
+    flag("--out", type=utils.path, help="folder for the CSV row per image and the picture of bounds and slopes")
     flag("--overwrite", action="store_true", help="replace a report that --out has already")
     args = parser.parse_args()
     model, images, _, _ = evaluate.load(args)

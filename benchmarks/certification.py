@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import utils
 from local_bound import propagate, prove
+from locallip.bound.power_iteration import PowerIteration
 from locallip.bound.proof import LANCZOS_STEPS, worst_logits, worst_margin
 from locallip.bound.proven_norms import ProvenNorms
-from locallip.bound.power_iteration import PowerIteration
 
 
 def timed(work: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor, float]:
@@ -48,7 +48,7 @@ def main() -> None:
     flag = parser.add_argument
     flag("--test_sniter", type=utils.positive_int, default=2000, help="power iterations of the published protocol")
     flag("--sample_batches", type=utils.positive_int, default=1, help="batches that the published protocol is timed on")
-    flag("--json", help="file for the figures")
+    flag("--json", type=utils.path, help="file for the figures")
     args = parser.parse_args()
     model, images, _, _ = evaluate.load(args)
     if args.json:
