@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from spectral_norm import PowerIteration
+from locallip.bound.power_iteration import PowerIteration
 
 import distributed
 import evaluate

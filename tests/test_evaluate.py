@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from spectral_norm import PowerIteration
+from locallip.bound.power_iteration import PowerIteration
 
 import evaluate
 from local_bound import propagate, worst_logits, worst_margin

@@ -9,8 +9,10 @@ import fused_activation
 import pytest
 import torch
 from conftest import ROOT
-from fused_activation import Clip, activation, through_activation
-from spectral_norm import PowerIteration, StoredVectors
+from locallip.bound.activations import Clip, ClippedMaxMin
+from locallip.bound.fused import activation, through_activation
+from locallip.bound.power_iteration import PowerIteration
+from locallip.training.vectors import StoredVectors
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -294,7 +294,7 @@ def test_a_radius_per_image_is_like_separate_calls(kind):
     for image, radius in enumerate(radii):
         own = slice(image, image + 1)
         alone = walk(model, x[own], radius.item())
-        for name in ("lower", "upper", "radius", "local_lipschitz"):
+        for name in ("lower", "upper", "radius", "hidden_lipschitz"):
             torch.testing.assert_close(getattr(together, name)[own], getattr(alone, name), rtol=1e-5, atol=1e-9)
         torch.testing.assert_close(
             worst_logits(together, y, 1000)[own], worst_logits(alone, y[own], 1000), rtol=1e-5, atol=1e-9

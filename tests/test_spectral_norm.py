@@ -2,7 +2,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spectral_norm import Conv, Dense, PowerIteration, StoredVectors
+from locallip.bound.operators import Conv, Dense
+from locallip.bound.power_iteration import PowerIteration
+from locallip.training.vectors import StoredVectors
 from torch import nn
 
 # The same examples every time, so that a failure is nobody's bad luck.

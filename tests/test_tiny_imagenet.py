@@ -14,7 +14,7 @@ import torch
 import train_tinyimagenet
 from conftest import ROOT, Answer, read_csv
 from PIL import Image
-from spectral_norm import PowerIteration
+from locallip.bound.power_iteration import PowerIteration
 from torch import nn
 
 import data_load

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from conftest import WIDTH
-from spectral_norm import PowerIteration
+from locallip.bound.power_iteration import PowerIteration
 from torch import nn
 
 import utils
