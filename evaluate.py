@@ -22,8 +22,9 @@ from data_load import DATA_SETS, ImageSet, count_classes, load_data
 from dependencies import L2PGDAttack
 from local_bound import propagate, prove, worst_logits, worst_margin
 from locallip.bound.power_iteration import PowerIteration
-from locallip.bound.proof import LANCZOS_STEPS, eliminated
+from locallip.bound.proof import LANCZOS_STEPS
 from locallip.bound.proven_norms import DEPLOYED, ProvenNorms
+from locallip.bound.stages import eliminated
 from report import CERTIFIED_MULTIPLES, PGD_MULTIPLES, Outcome
 from utils import InputError
 
@@ -198,8 +199,8 @@ class Proven:
         if self.plain_norms is not None:
             plain = prove(self.model, x.double(), y, self.args.epsilon, self.plain_norms)
             self.plain_certified += int((plain.worst_margin > 0).sum())
-        open_to_the_end = proof.decided.pop()
-        for stage, count in enumerate(proof.decided):
+        *decided, open_to_the_end = proof.decided
+        for stage, count in enumerate(decided):
             self.decided[stage] += count
         self.decided[-1] += open_to_the_end
         return {
@@ -208,8 +209,8 @@ class Proven:
             "local_bound": proof.hidden_lipschitz,
             "global_bound": proof.global_hidden_lipschitz.expand(len(x)),
             "global_radius": global_radius(self.model, proof.logits, y, proof.global_hidden_lipschitz),
-            "eliminated_rows": proof.eliminated[0],
-            "eliminated_columns": proof.eliminated[1],
+            "eliminated_rows": proof.eliminated_rows,
+            "eliminated_columns": proof.eliminated_columns,
         }
 
     def at(self, x: Tensor, y: Tensor, epsilon: float) -> Tensor:

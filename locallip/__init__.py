@@ -16,9 +16,10 @@ from locallip.bound.losses import bcp_loss, gloro_loss
 from locallip.bound.norms import Arithmetic, Bracket, Norms
 from locallip.bound.operators import Conv, Dense, LinearOperator
 from locallip.bound.power_iteration import PowerIteration
-from locallip.bound.proof import Proof, Stage, decide, prove, proven_norms
+from locallip.bound.proof import Proof, decide, prove, proven_norms
 from locallip.bound.proven_norms import ProvenNorms
 from locallip.bound.rules import Place, Reshape, rule
+from locallip.bound.stages import DualStage, ProductStage, Stage
 from locallip.bound.walk import propagate
 from locallip.bound.worst_case import gloro_logits, worst_logits, worst_margin
 
@@ -32,6 +33,7 @@ __all__ = [
     "ClippedMaxMin",
     "Conv",
     "Dense",
+    "DualStage",
     "Elementwise",
     "Graph",
     "LinearOperator",
@@ -40,6 +42,7 @@ __all__ = [
     "Norms",
     "Place",
     "PowerIteration",
+    "ProductStage",
     "Proof",
     "ProvenNorms",
     "ReLU_x",

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from locallip.bound import fused
+from locallip.bound.dual.elementwise import ClippedLine
+from locallip.bound.dual.maxima import DualActivation
+from locallip.bound.dual.pairs import ClippedPairs
 from locallip.bound.fused import Threshold
 from locallip.bound.region import CenteredRegion, Point, Region, UncutRegion
 
@@ -55,6 +58,10 @@ class Activation(ABC):
         weight: of reaching below an upper threshold beside reaching above a lower one.
         """
         return region.center.new_zeros(())
+
+    def in_dual(self) -> DualActivation | None:
+        """The same with its inner maximum in closed form; None: nobody has one, and the dual cannot be asked."""
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +124,9 @@ class Clip(_Thresholds):
     def varying(self, lower: Tensor, upper: Tensor) -> Tensor:
         return ~((upper <= self.low) | (lower >= self.high))
 
+    def in_dual(self) -> DualActivation:
+        return ClippedLine(self.low, self.high)
+
     def slack(self, region: Region, weight: float) -> Tensor:
         above = torch.relu(region.upper - self.low).mean()
         if not isinstance(self.high, Tensor):
@@ -140,6 +150,9 @@ class ClippedMaxMin(_Thresholds):
     def varying(self, lower: Tensor, upper: Tensor) -> Tensor:
         larger, smaller = _pair_ends(lower, upper)
         return ~torch.cat([larger >= self.high, smaller <= self.low], dim=1)
+
+    def in_dual(self) -> DualActivation:
+        return ClippedPairs(self.low, self.high)
 
     def slack(self, region: Region, weight: float) -> Tensor:
         larger, smaller = _pair_ends(region.lower, region.upper)

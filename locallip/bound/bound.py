@@ -51,7 +51,9 @@ class Bound:
         last: the layer that makes the logits.
         last_columns: (N, H) bool, which of its inputs can vary in the ball; None: all.
         logit_rounding: (N, K) by how much rounding can change what `worst_logits` adds up; None: exact arithmetic.
-        layers: the hidden layers in order; None unless `propagate` was asked to keep them.
+        deployed_rounding: the part of it that is the deployed network's, (N, K) or 0.
+        layers: the hidden layers in order; None unless `propagate` was asked to keep them, and where an activation
+            stands before the first of them.
         sparsity: scalar, by how much boxes reach where activations vary; None unless `propagate` was asked for it.
     """
 
@@ -70,5 +72,6 @@ class Bound:
     last: Dense
     last_columns: Tensor | None
     logit_rounding: Tensor | None
+    deployed_rounding: Tensor | float = 0.0
     layers: list[HiddenLayer] | None = None
     sparsity: Tensor | None = None

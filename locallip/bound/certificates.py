@@ -1,4 +1,4 @@
-"""For a network of your own: its Lipschitz constants, whether its answer can change in a ball, and the largest such."""
+"""Your own network: its Lipschitz constants, whether its answer can change in a ball, and the largest such ball."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from locallip.bound.graph import Graph
 from locallip.bound.norms import Arithmetic, Norms
 from locallip.bound.operators import Position
 from locallip.bound.power_iteration import PowerIteration
-from locallip.bound.proof import LANCZOS_STEPS, Stage, decide, prove, proven_norms
+from locallip.bound.proof import LANCZOS_STEPS, decide, prove, proven_norms
 from locallip.bound.proven_norms import ProvenNorms
+from locallip.bound.stages import ProductStage
 from locallip.bound.tensors import underflow_to_nan
 from locallip.bound.walk import propagate
 
@@ -74,6 +75,7 @@ def certify(
     epsilon: float | Tensor,
     certificate: str | Norms = "proven",
     failure_probability: float = 1e-6,
+    effort: str = "dual",
 ) -> Tensor:
     """Whether the label y is the network's answer on the whole epsilon-ball around x: (N,) bool.
 
@@ -89,13 +91,15 @@ def certify(
             the published protocol: 1,000 power iterations per norm, which approach the norms from below, in the
             precision of the model. A norms object of your own (see `norms.Norms`) is asked as it is.
         failure_probability: of a proven certificate: that any norm of the call is too small (see `proven_norms`).
+        effort: of a proven certificate: `product` stops at the product of norms, `dual` goes on to the centred dual,
+            which certifies more and takes longer.
 
     Raises:
         TypeError: names the first layer without a rule and its position.
         ValueError: as `propagate`, for labels of another shape, or for a certificate of another name.
     """
     graph, x, norms = _prepare(model, x, certificate, failure_probability)
-    return _certified(graph, x, y, epsilon, norms)
+    return _certified(graph, x, y, epsilon, norms, effort)
 
 
 @torch.no_grad()
@@ -107,6 +111,7 @@ def certified_radius(
     certificate: str | Norms = "proven",
     failure_probability: float = 1e-6,
     limit: float = 1e3,
+    effort: str = "dual",
 ) -> Tensor:
     """The largest certified epsilon per image, found by bisection: (N,), in the space of x.
 
@@ -124,11 +129,11 @@ def certified_radius(
         # Not by a call of the model, which a layer in training mode would learn from before it is refused.
         y = propagate(graph, x, 0.0, norms, box=False).logits.argmax(dim=1)
     good = x.new_zeros(len(x))
-    possible = _certified(graph, x, y, good, norms)
+    possible = _certified(graph, x, y, good, norms, effort)
     bad = torch.full_like(good, min(tolerance, limit))
     growing = possible
     while growing.any():
-        growing = growing & _certified(graph, x, y, bad, norms)
+        growing = growing & _certified(graph, x, y, bad, norms, effort)
         good = torch.where(growing, bad, good)
         growing = growing & (bad < limit)
         bad = torch.where(growing, (2 * bad).clamp(max=limit), bad)
@@ -138,7 +143,7 @@ def certified_radius(
         splits = possible & (bad - good > tolerance) & (good < middle) & (middle < bad)
         if not splits.any():
             return good
-        certified = splits & _certified(graph, x, y, middle, norms)
+        certified = splits & _certified(graph, x, y, middle, norms, effort)
         good, bad = torch.where(certified, middle, good), torch.where(splits & ~certified, middle, bad)
 
 
@@ -158,9 +163,9 @@ def _prepare(
     return Graph.of(model), x, norms.with_steps(LANCZOS_STEPS[-1])
 
 
-def _certified(graph: Graph, x: Tensor, y: Tensor, epsilon: float | Tensor, norms: Norms) -> Tensor:
+def _certified(graph: Graph, x: Tensor, y: Tensor, epsilon: float | Tensor, norms: Norms, effort: str) -> Tensor:
     if isinstance(norms, ProvenNorms):
-        margin = prove(graph, x, y, epsilon, norms).worst_margin
+        margin = prove(graph, x, y, epsilon, norms, effort=effort).worst_margin
     else:
-        margin = decide([Stage("as asked", norms)], graph, x, y, epsilon).worst_margin
+        margin = decide([ProductStage("as asked", norms)], graph, x, y, epsilon).worst_margin
     return (margin > 0) & x.flatten(1).isfinite().all(dim=1)

@@ -73,6 +73,10 @@ class Graph:
         """The hidden linear layers in order, for images x (N, ...); errors as `meanings`."""
         return [m for _, m in self.meanings(x, Arithmetic()) if isinstance(m, LinearOperator)]
 
+    def activations(self, x: Tensor) -> list[Activation]:
+        """The activations in order, for images x (N, ...); errors as `meanings`."""
+        return [m for _, m in self.meanings(x, Arithmetic()) if isinstance(m, Activation)]
+
     def last_operator(self) -> Dense:
         """The linear layer that makes the logits."""
         return Dense.of(self.last.layer, self.last.position)

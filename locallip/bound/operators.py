@@ -70,15 +70,16 @@ class LinearOperator(ABC):
     @cached_property
     def scaled(self) -> LinearOperator:
         """W / scale without b, and without a gradient; exact, and no product under- or overflows that need not."""
-        return self._with_weight(self.weight.detach() / self.scale)
+        return self.with_weight(self.weight.detach() / self.scale)
 
     def absolute_operator(self) -> LinearOperator:
         """|W| as an operator of its own, entry by entry absolute, without b."""
-        return self._with_weight(self.weight.abs())
+        return self.with_weight(self.weight.abs())
 
-    def _with_weight(
+    def with_weight(
         self, weight: Tensor, bias: Tensor | None = None, bias_size: Tensor | None = None
     ) -> LinearOperator:
+        """The operator of the same geometry with other weights."""
         result = copy.copy(self)
         for known in ("scale", "scaled"):
             result.__dict__.pop(known, None)
@@ -89,7 +90,7 @@ class LinearOperator(ABC):
         """The operator followed by scale * x + shift for every output channel; all (C_out,), see `bias_size`."""
         bias = 0 if self.bias is None else self.bias * scale
         bias_size = abs(bias) + (shift.abs() if shift_size is None else shift_size)
-        return self._with_weight(self.weight * scale.view(-1, *[1] * (self.weight.dim() - 1)), bias + shift, bias_size)
+        return self.with_weight(self.weight * scale.view(-1, *[1] * (self.weight.dim() - 1)), bias + shift, bias_size)
 
 
 class Dense(LinearOperator):

@@ -1,4 +1,4 @@
-"""Deciding images in stages: cheap norms first, and better ones for the images that are still open."""
+"""Deciding images in stages: each stage is asked only about the images that those before it left open."""
 
 from __future__ import annotations
 
@@ -9,41 +9,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from locallip.bound.bound import Bound
 from locallip.bound.graph import Graph
-from locallip.bound.norms import Norms
 from locallip.bound.proven_norms import ProvenNorms
-from locallip.bound.walk import propagate
-from locallip.bound.worst_case import worst_logits, worst_margin
+from locallip.bound.stages import DualStage, ProductStage, Question, Stage
 
-# Lanczos steps of the stages of a proof.
+# Lanczos steps of the stages of a proof that ends with the product, and of one that goes on.
 LANCZOS_STEPS = (0, 25, 75, 250)
-# Rounds of pinning at most; they end by themselves when nothing leaves the box any more.
-ROUNDS = 1000
+_STEPS_BEFORE_DUAL = (0, 25, 250)
+# How far a proof goes: as far as the product of norms does, or on to the dual.
+EFFORTS = ("product", "dual")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One way to get norms, cheaper than that of the stage behind it.
+def proof_stages(graph: Graph, x: Tensor, norms: ProvenNorms, effort: str = "dual") -> list[Stage]:
+    """Global norms, then more and more Lanczos steps, then the dual.
 
-    Attributes:
-        name: for reports.
-        norms: see there.
-        from_above: whether no upper end of their brackets is below that of the last stage, so that what is certified
-            stays so.
-        from_below: whether no lower end is above that of the last stage, so that what fails by them stays so.
+    Where no activation treats its entries one by one, masks switch off columns alone, and the dual proves as much with
+    global norms; it comes right behind these then. x: (N, ...) images, of which only shape and dtype count.
+
+    Raises:
+        ValueError: for an effort of another name.
     """
+    if effort not in EFFORTS:
+        raise ValueError(f"the effort must be one of {', '.join(EFFORTS)}, got '{effort}'")
+    if effort == "product":
+        return [_product_stage(norms, steps) for steps in LANCZOS_STEPS]
+    needs_masks = any(activation.elementwise for activation in graph.activations(x))
+    *first, last = _STEPS_BEFORE_DUAL if needs_masks else _STEPS_BEFORE_DUAL[:1]
+    # What fails by the product may hold by the dual, so only certificates settle anything before it.
+    stages = [replace(_product_stage(norms, steps), from_below=False) for steps in first]
+    return [*stages, replace(_product_stage(norms, last), before_dual=True), DualStage()]
 
-    name: str
-    norms: Norms
-    from_above: bool = True
-    from_below: bool = True
 
-
-def proof_stages(norms: ProvenNorms) -> list[Stage]:
-    """Global norms, then more and more Lanczos steps."""
-    names = {steps: f"local, {steps} Lanczos steps" if steps else "global" for steps in LANCZOS_STEPS}
-    return [Stage(name, norms.with_steps(steps)) for steps, name in names.items()]
+def _product_stage(norms: ProvenNorms, steps: int) -> ProductStage:
+    name = f"local, {steps} Lanczos steps" if steps else "global"
+    return ProductStage(name, norms.with_steps(steps), masks=steps > 0)
 
 
 def proven_norms(
@@ -71,18 +70,26 @@ class Proof:
     Attributes:
         logits: (N, K) at x.
         worst_margin: (N,) by how much the label's logit exceeds every other in the whole ball; certified where > 0.
-        hidden_lipschitz: (N,) of the stage that decided, up to the last hidden layer.
+        hidden_lipschitz: (N,) of the last stage that computed one, up to the last hidden layer.
         global_hidden_lipschitz: scalar.
-        eliminated: two (N, L), the shares of rows and columns that the ball switches off of each local norm.
-        decided: number of images that each stage decided; last, how many stayed open to the end.
+        eliminated_rows, eliminated_columns: (N, L) shares that the ball switches off of each of the L local norms.
+        stage: (N,) which stage decided; as many as there are stages where none did.
+        stages: their names.
     """
 
     logits: Tensor
     worst_margin: Tensor
     hidden_lipschitz: Tensor
     global_hidden_lipschitz: Tensor
-    eliminated: tuple[Tensor, Tensor]
-    decided: list[int]
+    eliminated_rows: Tensor
+    eliminated_columns: Tensor
+    stage: Tensor
+    stages: tuple[str, ...]
+
+    @property
+    def decided(self) -> list[int]:
+        """Number of images that each stage decided; last, how many stayed open to the end."""
+        return torch.bincount(self.stage, minlength=len(self.stages) + 1).tolist()
 
 
 @torch.no_grad()
@@ -93,12 +100,15 @@ def prove(
     epsilon: float | Tensor,
     norms: ProvenNorms,
     clip: tuple[float, float] | None = None,
+    effort: str = "dual",
+    fallen: Tensor | None = None,
 ) -> Proof:
-    """Certify in stages: global norms first, then more and more Lanczos steps for the images that are still open.
+    """Certify in the stages of `proof_stages`.
 
-    model, x: float64. Arguments and errors otherwise are those of `decide`. norms: see `proven_norms`.
+    model, x: float64. norms: see `proven_norms`. Arguments and errors otherwise are those of `decide`.
     """
-    return decide(proof_stages(norms), model, x, y, epsilon, clip)
+    graph = model if isinstance(model, Graph) else Graph.of(model)
+    return decide(proof_stages(graph, x, norms, effort), graph, x, y, epsilon, clip, fallen)
 
 
 @torch.no_grad()
@@ -109,59 +119,56 @@ def decide(
     y: Tensor,
     epsilon: float | Tensor,
     clip: tuple[float, float] | None = None,
+    fallen: Tensor | None = None,
 ) -> Proof:
     """Ask stage by stage whether images are certified, each only about those that are still open.
 
-    An image is decided when its margin is positive, or when it would not be with norms at the lower ends of their
-    brackets, or if it is misclassified. Only the first certifies; the others save work. Nothing depends on the defaults
-    of the process.
+    Nothing depends on the defaults of the process.
 
-    y: (N,) int64; anything else is a ValueError. Arguments and errors otherwise are those of `propagate`.
+    Args:
+        stages: at least one, the first of which computes all that `Proof` has.
+        y: (N,) int64.
+        fallen: (N,) bool, images that an attack is known to break: the dual is not asked about them. None: unknown.
+
+    Arguments otherwise and errors are those of `propagate`.
+
+    Raises:
+        ValueError: for labels that are not (N,) int64.
     """
     refuse_labels(y, x)
     epsilon = torch.as_tensor(epsilon, dtype=x.dtype, device=x.device).expand(len(x))
     graph = model if isinstance(model, Graph) else Graph.of(model)
-    still_open = torch.arange(len(x), device=x.device)
-    decided: list[int] = []
-    known: list[Tensor] = []
-    for stage in stages:
-        with torch.autocast(x.device.type, enabled=False):
-            bound = propagate(graph, x[still_open], epsilon[still_open], stage.norms, clip)
-            margin, best = _margins(bound, y[still_open], epsilon[still_open])
-            possible = worst_margin(bound.logits, y[still_open]) > 0
-        found = [bound.logits, margin, bound.hidden_lipschitz, *eliminated(bound)]
-        known = known or [column.clone() for column in found]
-        for every, some in zip(known, found):
-            every[still_open] = some
-        settled = ((margin > 0) & stage.from_above) | (~(best > 0) & stage.from_below)
-        rest = ~settled & possible
-        decided.append(int((~rest).sum()))
-        still_open = still_open[rest]
-        if not len(still_open):
+    question = Question(graph, x, y, epsilon, clip)
+    places, carried = torch.arange(len(x), device=x.device), None
+    decided_by = torch.full_like(places, len(stages))
+    known: dict[str, Tensor] = {}
+    for number, stage in enumerate(stages):
+        if isinstance(stage, DualStage) and fallen is not None:
+            left = (~fallen[places]).nonzero().squeeze(1)
+            places, question, carried = places[left], question.take(left), carried and carried.take(left)
+        if not len(places):
             break
-    logits, margin, local, *shares = known
-    return Proof(logits, margin, local, bound.global_hidden_lipschitz, tuple(shares), [*decided, len(still_open)])
+        with torch.autocast(x.device.type, enabled=False):
+            answer = stage.ask(question, carried)
+        for name, column in answer.columns.items():
+            known.setdefault(name, column.clone())[places] = column
+        settled = answer.settled
+        if isinstance(stage, DualStage):
+            settled = known["worst_margin"][places] > 0
+        else:
+            global_lipschitz = answer.global_hidden_lipschitz
+        decided_by[places[settled]] = number
+        left = (~settled).nonzero().squeeze(1)
+        places, question = places[left], question.take(left)
+        carried = answer.carried and answer.carried.take(left)
+    return Proof(global_hidden_lipschitz=global_lipschitz, stage=decided_by, stages=_names(stages), **known)
+
+
+def _names(stages: Sequence[Stage]) -> tuple[str, ...]:
+    return tuple(stage.name for stage in stages)
 
 
 def refuse_labels(y: Any, x: Tensor) -> None:
     """Refuse labels that are not (N,) int64 for N images, with a ValueError."""
     if y.shape != (len(x),) or y.dtype != torch.int64:
         raise ValueError(f"need one label per image, (N,) int64, got {tuple(y.shape)} {y.dtype} for {len(x)} images")
-
-
-def _margins(bound: Bound, y: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
-    """The margin in the ball, and that of norms at the lower ends of their brackets, (N,) each."""
-    lowest = replace(bound, radius=epsilon * bound.lowest_hidden_lipschitz)
-    return tuple(worst_margin(worst_logits(b, y, ROUNDS), y) for b in (bound, lowest))
-
-
-def eliminated(bound: Bound) -> tuple[Tensor, Tensor]:
-    """Shares (N, L) of the rows and of the columns that the ball switches off, of each of the L local norms."""
-
-    def share(mask: Tensor | None) -> Tensor:
-        return torch.zeros_like(bound.radius) if mask is None else (~mask).flatten(1).to(bound.radius.dtype).mean(dim=1)
-
-    if not bound.masks:
-        return bound.radius.new_zeros(len(bound.radius), 0), bound.radius.new_zeros(len(bound.radius), 0)
-    rows, columns = zip(*bound.masks.values())
-    return torch.stack([share(mask) for mask in rows], dim=1), torch.stack([share(mask) for mask in columns], dim=1)

@@ -190,6 +190,8 @@ class _Walk:
         if still_open:
             follow = still_open.rows_follow and activation.elementwise
             still_open = replace(still_open, rows_follow=follow, activations=(*still_open.activations, activation))
+        else:
+            self._layers = None  # steps of x are not those of the first linear layer's input
         if not activation.elementwise:
             columns = None
         if varying is not None:
@@ -209,11 +211,12 @@ class _Walk:
         """Read off the last hidden layer and pass its value at x through the last layer."""
         state = self._closed(state)
         region, radius = state.region, self._radius(state, state.local)
-        length, logit_rounding = self._longest(state, radius), None
+        length, logit_rounding, deployed_rounding = self._longest(state, radius), None, 0.0
         if length is not None:
             # A millionth more outweighs the rounding of the difference of squares in `worst_logits`, which cancels.
             radius = state.rounding.product(radius, radius.new_full((), 1 + 1e-6))
-            logit_rounding = state.rounding.of_logits(last, length) + state.deployed.of_logits(last, length)
+            deployed_rounding = state.deployed.of_logits(last, length)
+            logit_rounding = state.rounding.of_logits(last, length) + deployed_rounding
         return Bound(
             logits=last.affine(region.center),
             center=region.center,
@@ -230,6 +233,7 @@ class _Walk:
             last=last,
             last_columns=state.columns,
             logit_rounding=logit_rounding,
+            deployed_rounding=deployed_rounding,
             layers=self._layers,
             sparsity=self._sparsity,
         )

@@ -2,59 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from locallip.bound.dual.maxima import Maximum, Terms
-
-
-class Operator(Protocol):
-    """A linear operator W x + b, as `spectral_norm.LinearOperator` has it."""
-
-    weight: Tensor
-    bias: Tensor | None
-    bias_size: Tensor | None
-    input_shape: torch.Size
-    output_shape: torch.Size
-
-    def apply(self, x: Tensor) -> Tensor:
-        """W x."""
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        """W^T y."""
-
-    def affine(self, x: Tensor) -> Tensor:
-        """W x + b."""
-
-
-class Activation(Protocol):
-    """What `elementwise` and `pairs` have; `rounds` is its own relative rounding error in units of the roundoff."""
-
-    pairs: bool
-    rounds: float
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """The activation of z."""
-
-    def backward(self, z: Tensor, grad: Tensor) -> Tensor:
-        """The gradient before the activation, given the one behind it."""
-
-    def change(self, z: Tensor, step: Tensor) -> Tensor:
-        """By how much a step from z changes the output."""
-
-    def constant(self, lower: Tensor, upper: Tensor) -> Tensor:
-        """Which outputs are the same for all inputs from `lower` to `upper`."""
-
-    def converted(self, dtype: torch.dtype, factor: float) -> Activation:
-        """The same for inputs and outputs times a power of two, in another precision."""
-
-    def maximum(self, terms: Terms, roundoff: float) -> Maximum:
-        """The largest value of the terms of each unit or pair."""
+from locallip.bound.dual.maxima import DualActivation
+from locallip.bound.operators import LinearOperator
 
 
 @dataclass
@@ -71,8 +26,8 @@ class Hidden:
         lo, hi: (N, *output_shape) ends of the steps from `center` in the ball; None: infinite.
     """
 
-    operator: Operator
-    activation: Activation
+    operator: LinearOperator
+    activation: DualActivation
     center: Tensor
     norm: Tensor
     absolute: Tensor
@@ -84,8 +39,8 @@ class Hidden:
     @classmethod
     def around(
         cls,
-        operator: Operator,
-        activation: Activation,
+        operator: LinearOperator,
+        activation: DualActivation,
         center: Tensor,
         norm: Tensor,
         absolute: Tensor,
@@ -196,8 +151,7 @@ def single(chain: Chain, slope: Tensor) -> tuple[Chain, Tensor, Scale]:
     hidden = []
     for layer in chain.hidden:
         factor = _power(layer.norm)
-        operator = copy.copy(layer.operator)
-        operator.weight, operator.bias, operator.bias_size = (layer.operator.weight / factor).float(), None, None
+        operator = layer.operator.with_weight((layer.operator.weight / factor).float())
         values.append(values[-1] * factor)
         steps = {name: getattr(layer, name) for name in ("center", "lo", "hi")}
         steps = {name: None if step is None else (step / values[-1]).float() for name, step in steps.items()}

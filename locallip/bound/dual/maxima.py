@@ -27,6 +27,7 @@ leaves ample room, before the best is chosen.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -70,6 +71,31 @@ class Maximum:
     value: Tensor
     step: Tensor
     change: Tensor
+
+
+class DualActivation(Protocol):
+    """What `elementwise` and `pairs` have; `rounds` is its own relative rounding error in units of the roundoff."""
+
+    pairs: bool
+    rounds: float
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The activation of z."""
+
+    def backward(self, z: Tensor, grad: Tensor) -> Tensor:
+        """The gradient before the activation, given the one behind it."""
+
+    def change(self, z: Tensor, step: Tensor) -> Tensor:
+        """By how much a step from z changes the output."""
+
+    def constant(self, lower: Tensor, upper: Tensor) -> Tensor:
+        """Which outputs are the same for all inputs from `lower` to `upper`."""
+
+    def converted(self, dtype: torch.dtype, factor: float) -> DualActivation:
+        """The same for inputs and outputs times a power of two, in another precision."""
+
+    def maximum(self, terms: Terms, roundoff: float) -> Maximum:
+        """The largest value of the terms of each unit or pair."""
 
 
 class Best:

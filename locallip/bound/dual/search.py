@@ -111,9 +111,7 @@ class _Descent:
         factor = (1 + math.cos(math.pi * number / iterations)) / 2
         moves = [
             _adam(moments, part, number) * _like(factor * rate, part)
-            for moments, part, rate in zip(
-                self._moments, [*gradients.g, gradients.delta, *gradients.c], self._rates
-            )
+            for moments, part, rate in zip(self._moments, [*gradients.g, gradients.delta, *gradients.c], self._rates)
         ]
         layers = len(gradients.g)
         for part, move in zip((*self.multipliers.g, *self.multipliers.c), (*moves[:layers], *moves[layers + 1 :])):

@@ -1,0 +1,45 @@
+"""The chain that the dual works on, from what a walk has found."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from locallip.bound.bound import Bound, HiddenLayer
+from locallip.bound.dual.chain import Chain, Hidden
+from locallip.bound.dual.elementwise import ClippedLine
+from locallip.bound.norms import Norms
+
+
+def chain_of(
+    bound: Bound,
+    x: Tensor,
+    epsilon: Tensor,
+    norms: Norms,
+    clip: tuple[float, float] | None = None,
+    masks: bool = True,
+) -> Chain | None:
+    """The chain around images x (N, ...), or None where the dual does not know an activation or the order of layers.
+
+    bound: of a walk around x in float64 that kept its layers. epsilon: (N,) radius. norms: those of the walk. masks:
+    False leaves out boxes and masks, for norms that made no use of them.
+    """
+    hidden = [_hidden(layer, norms, masks) for layer in bound.layers or []]
+    if not hidden or None in hidden:
+        return None
+    last = bound.last
+    bias = x.new_zeros(len(last.weight)) if last.bias is None else last.bias
+    return Chain(x, epsilon, hidden, last.weight, bias).within(clip)
+
+
+def _hidden(layer: HiddenLayer, norms: Norms, masks: bool) -> Hidden | None:
+    if len(layer.activations) > 1:
+        return None
+    activation = layer.activations[0].in_dual() if layer.activations else ClippedLine(-float("inf"), float("inf"))
+    if activation is None:
+        return None
+    rows, columns, box = None, None, None
+    if masks and layer.columns is not None and layer.activations:
+        columns, box = layer.columns, (layer.region.lower, layer.region.upper)
+        rows = None if activation.pairs else columns
+    absolute = norms.absolute(layer.operator)
+    return Hidden.around(layer.operator, activation, layer.region.center, layer.norm, absolute, rows, columns, box)
