@@ -253,8 +253,11 @@ class _Run:
         self.device = training_set.labels.device
         self.schedule = Schedule.from_arguments(args)
         self.files = RunFiles(Path(args.output_dir), args.prefix)
-        if distributed.is_main():
-            utils.check_writable(self.files.best.parent)
+        with distributed.all_or_none():
+            if distributed.is_main():
+                utils.check_writable(self.files.best.parent)
+                if not args.resume:
+                    self.files.refuse_existing(args.overwrite)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
         self.shuffle = torch.Generator().manual_seed(args.seed + distributed.rank())
         _refuse_unknown_positions(args.indices, model)
@@ -276,14 +279,14 @@ class _Run:
         self.weights = loss_weights(self.images, args.batch_size, self.batches)[distributed.rank()]
         if args.resume:
             self._resume()
-        elif distributed.is_main():
-            self.files.refuse_existing(args.overwrite)
         loss = distributed.wrap(
             RobustLoss(model, self.norms, args.opt_iter, args.gloro, args.sparse, args.sp_thres), args.ddp
         )
         image, _, _ = next(training_set[:1].batches(1))
         layout = Layout.of(model, image, local_positions)
-        self.step = Step(loss, self.norms, self._make_room(layout), self.optimizer)
+        with distributed.all_or_none():
+            stored = self._make_room(layout)
+        self.step = Step(loss, self.norms, stored, self.optimizer)
         pays = layout.activations * len(training_set) * (args.epochs - self.epoch) >= COMPILE_FROM
         if args.compile == "yes" or (args.compile == "auto" and pays):
             compile_activations()
@@ -401,8 +404,11 @@ class _Run:
         }
 
     def _resume(self) -> None:
-        # The other processes may be on machines that have no such file.
-        checkpoint = distributed.share(utils.load_checkpoint(self.files.checkpoint) if distributed.is_main() else {})
+        checkpoint = {}
+        with distributed.all_or_none():
+            if distributed.is_main():  # the other processes may be on machines that have no such file
+                checkpoint = utils.load_checkpoint(self.files.checkpoint)
+        checkpoint = distributed.share(checkpoint)
         missing = {"epoch", *self._resume_state(self.shuffle.get_state())} - checkpoint.keys()
         if missing:
             raise InputError(f"{self.files.checkpoint} cannot be resumed: it has no {', '.join(sorted(missing))}")
