@@ -28,6 +28,11 @@ RESUME_ITERATIONS = 30
 COMPILE_FROM = 1e10
 # Batches between two looks at the loss; on a GPU every look waits for the device.
 BATCHES_PER_LOOK = 20
+# Flags that a resumed run may have otherwise than before; start_from is kept as it was.
+_MAY_DIFFER = {"device", "ddp", "compile", "data_dir", "output_dir", "prefix", "resume", "overwrite"}
+_MAY_DIFFER |= {"start_from", "test_batch_size"}
+# Flags that weights belong to, so that a run with other ones cannot start from them.
+_OF_THE_NETWORK = {"data", "model", "width"}
 
 
 class TrainingDiverged(ScriptError):
@@ -238,7 +243,8 @@ def train(
     Of several processes, each is given the same model and its own part of the sets, and the first writes the files.
 
     Raises:
-        InputError: if the prefix has a run already, --resume finds none that fits, a layer that --indices names does
+        InputError: if the prefix has a run already, --resume finds none that fits, the weights of --start_from are of
+            another architecture, a layer that --indices names does
             not exist, or memory does not suffice for the singular vectors.
         TrainingDiverged: at a loss that is not finite; the checkpoints stay as they are.
     """
@@ -279,6 +285,8 @@ class _Run:
         self.weights = loss_weights(self.images, args.batch_size, self.batches)[distributed.rank()]
         if args.resume:
             self._resume()
+        elif args.start_from:
+            utils.load_weights(model, self._load(Path(args.start_from))["state_dict"], args.start_from)
         loss = distributed.wrap(
             RobustLoss(model, self.norms, args.opt_iter, args.gloro, args.sparse, args.sp_thres), args.ddp
         )
@@ -403,12 +411,16 @@ class _Run:
             "rows": self.rows,
         }
 
-    def _resume(self) -> None:
+    @staticmethod
+    def _load(path: Path) -> dict[str, Any]:
         checkpoint = {}
         with distributed.all_or_none():
             if distributed.is_main():  # the other processes may be on machines that have no such file
-                checkpoint = utils.load_checkpoint(self.files.checkpoint)
-        checkpoint = distributed.share(checkpoint)
+                checkpoint = utils.load_checkpoint(path)
+        return distributed.share(checkpoint)
+
+    def _resume(self) -> None:
+        checkpoint = self._load(self.files.checkpoint)
         missing = {"epoch", *self._resume_state(self.shuffle.get_state())} - checkpoint.keys()
         if missing:
             raise InputError(f"{self.files.checkpoint} cannot be resumed: it has no {', '.join(sorted(missing))}")
@@ -431,14 +443,14 @@ class _Run:
         return shuffles[distributed.rank()].clone()  # a generator takes no view of a part of a tensor
 
     def _refuse_other_arguments(self, saved: dict[str, Any]) -> None:
-        may_differ = {
-            *("device", "ddp", "compile", "data_dir", "output_dir", "prefix", "resume", "overwrite", "test_batch_size")
-        }
         for name, value in vars(self.args).items():
-            if name not in may_differ and name in saved and saved[name] != value:
+            if name not in _MAY_DIFFER and name in saved and saved[name] != value:
+                with_weights = "" if name in _OF_THE_NETWORK else f" --start_from {self.files.checkpoint}"
                 raise InputError(
-                    f"cannot resume {self.files.checkpoint}: it ran with --{name} {saved.get(name)}, not {value}"
+                    f"cannot resume {self.files.checkpoint}: it ran with --{name} {saved[name]}, not {value}; resume "
+                    f"with the same flags, or begin a run of another --prefix{with_weights}"
                 )
+        self.args.start_from = saved.get("start_from")
 
     def _make_room(self, layout: Layout) -> StoredVectors:
         """Room for one singular vector per image and layer."""
