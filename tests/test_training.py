@@ -360,7 +360,7 @@ def test_a_refused_resume_names_the_run_to_begin_instead(runs):
     checkpoint = runs.train("--epochs", 1, "--rampup", 0).checkpoint
     with pytest.raises(InputError, match=f"another --prefix --start_from {checkpoint}$"):
         runs.train("--epochs", 2, "--rampup", 0, "--resume")
-    with pytest.raises(InputError, match="another --prefix$"):  # the weights would not fit
+    with pytest.raises(InputError, match=r"another --prefix$"):  # the weights would not fit
         runs.train("--epochs", 1, "--rampup", 0, "--width", 0.1, "--resume")
 
 
