@@ -30,6 +30,11 @@ RESUME_ITERATIONS = 30
 COMPILE_FROM = 1e10
 # Batches between two looks at the loss; on a GPU every look waits for the device.
 BATCHES_PER_LOOK = 20
+# Flags that a resumed run may have otherwise than before; start_from is kept as it was.
+_MAY_DIFFER = {"device", "ddp", "compile", "data_dir", "output_dir", "prefix", "resume", "overwrite"}
+_MAY_DIFFER |= {"start_from", "test_batch_size"}
+# Flags that weights belong to, so that a run with other ones cannot start from them.
+_OF_THE_NETWORK = {"data", "model", "width"}
 
 
 class TrainingDiverged(ScriptError):
@@ -240,7 +245,8 @@ def train(
     Of several processes, each is given the same model and its own part of the sets, and the first writes the files.
 
     Raises:
-        InputError: if the prefix has a run already, --resume finds none that fits, a layer that --indices names does
+        InputError: if the prefix has a run already, --resume finds none that fits, the weights of --start_from are of
+            another architecture, a layer that --indices names does
             not exist, or memory does not suffice for the singular vectors.
         TrainingDiverged: at a loss that is not finite; the checkpoints stay as they are.
     """
@@ -255,8 +261,11 @@ class _Run:
         self.device = training_set.labels.device
         self.schedule = Schedule.from_arguments(args)
         self.files = RunFiles(Path(args.output_dir), args.prefix)
-        if distributed.is_main():
-            utils.check_writable(self.files.best.parent)
+        with distributed.all_or_none():
+            if distributed.is_main():
+                utils.check_writable(self.files.best.parent)
+                if not args.resume:
+                    self.files.refuse_existing(args.overwrite)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
         self.shuffle = torch.Generator().manual_seed(args.seed + distributed.rank())
         _refuse_unknown_positions(args.indices, model)
@@ -278,14 +287,16 @@ class _Run:
         self.weights = loss_weights(self.images, args.batch_size, self.batches)[distributed.rank()]
         if args.resume:
             self._resume()
-        elif distributed.is_main():
-            self.files.refuse_existing(args.overwrite)
+        elif args.start_from:
+            utils.load_weights(model, self._load(Path(args.start_from))["state_dict"], args.start_from)
         loss = distributed.wrap(
             RobustLoss(model, self.norms, args.opt_iter, args.gloro, args.sparse, args.sp_thres), args.ddp
         )
         image, _, _ = next(training_set[:1].batches(1))
         layout = Layout.of(model, image, local_positions)
-        self.step = Step(loss, self.norms, self._make_room(layout), self.optimizer)
+        with distributed.all_or_none():
+            stored = self._make_room(layout)
+        self.step = Step(loss, self.norms, stored, self.optimizer)
         pays = layout.activations * len(training_set) * (args.epochs - self.epoch) >= COMPILE_FROM
         if args.compile == "yes" or (args.compile == "auto" and pays):
             compile_activations()
@@ -402,9 +413,16 @@ class _Run:
             "rows": self.rows,
         }
 
+    @staticmethod
+    def _load(path: Path) -> dict[str, Any]:
+        checkpoint = {}
+        with distributed.all_or_none():
+            if distributed.is_main():  # the other processes may be on machines that have no such file
+                checkpoint = utils.load_checkpoint(path)
+        return distributed.share(checkpoint)
+
     def _resume(self) -> None:
-        # The other processes may be on machines that have no such file.
-        checkpoint = distributed.share(utils.load_checkpoint(self.files.checkpoint) if distributed.is_main() else {})
+        checkpoint = self._load(self.files.checkpoint)
         missing = {"epoch", *self._resume_state(self.shuffle.get_state())} - checkpoint.keys()
         if missing:
             raise InputError(f"{self.files.checkpoint} cannot be resumed: it has no {', '.join(sorted(missing))}")
@@ -427,14 +445,14 @@ class _Run:
         return shuffles[distributed.rank()].clone()  # a generator takes no view of a part of a tensor
 
     def _refuse_other_arguments(self, saved: dict[str, Any]) -> None:
-        may_differ = {
-            *("device", "ddp", "compile", "data_dir", "output_dir", "prefix", "resume", "overwrite", "test_batch_size")
-        }
         for name, value in vars(self.args).items():
-            if name not in may_differ and name in saved and saved[name] != value:
+            if name not in _MAY_DIFFER and name in saved and saved[name] != value:
+                with_weights = "" if name in _OF_THE_NETWORK else f" --start_from {self.files.checkpoint}"
                 raise InputError(
-                    f"cannot resume {self.files.checkpoint}: it ran with --{name} {saved.get(name)}, not {value}"
+                    f"cannot resume {self.files.checkpoint}: it ran with --{name} {saved[name]}, not {value}; resume "
+                    f"with the same flags, or begin a run of another --prefix{with_weights}"
                 )
+        self.args.start_from = saved.get("start_from")
 
     def _make_room(self, layout: Layout) -> StoredVectors:
         """Room for one singular vector per image and layer."""

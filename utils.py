@@ -24,7 +24,6 @@ from locallip.files import (  # noqa: F401
     expand_home,
     fail,
     first_line,
-    is_launched,
     keep_freed_memory,
     run_script,
     write_atomically,
@@ -312,6 +311,8 @@ def training_arguments(
     flag("--output_dir", type=path, default="runs", help="folder of checkpoints and logs")
     flag("--resume", action="store_true", help="go on from the run's last checkpoint")
     flag("--overwrite", action="store_true", help="start afresh even if the prefix has a run already")
+    start_from = "begin with the weights of this file; all else, such as the schedule, is a new run's"
+    flag("--start_from", type=path, metavar="CHECKPOINT", help=start_from)
     flag("--epochs", type=positive_int, help="length of the training")
     flag("--warmup", type=natural_int, help="epochs at epsilon 0, with the clean loss only")
     flag("--rampup", type=natural_int, help="epochs in which epsilon rises and kappa falls, after the warm-up")
@@ -355,6 +356,8 @@ def training_arguments(
     args = parser.parse_args(command_line)
     if args.resume and args.overwrite:
         raise InputError("--resume and --overwrite exclude each other")
+    if args.resume and args.start_from:
+        raise InputError("--resume goes on with a run's own weights, so it excludes --start_from; drop one of them")
     args.prefix = args.prefix or f"{args.data}_{args.model}"
     if args.more is None:
         args.more = round(25 * args.epochs / defaults["epochs"])

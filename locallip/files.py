@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from locallip import launch
+
 _SECONDS_FOR_RANK_0 = 5
 
 
@@ -68,19 +70,13 @@ def keep_freed_memory() -> None:
 
 def fail(message: str, exit_code: int) -> NoReturn:
     """End the script with one line, which of several processes says which one it is from."""
-    where = ""
-    if is_launched():
-        where = f"rank {os.environ['RANK']}: "
-        if os.environ["RANK"] != "0":
-            # What fails in all processes alike, such as a wrong flag, is said once: torchrun ends them meanwhile.
-            time.sleep(_SECONDS_FOR_RANK_0)
+    rank = launch.rank_of_several()
+    if rank:
+        # What fails in all processes alike, such as a wrong flag, is said once: torchrun ends them meanwhile.
+        time.sleep(_SECONDS_FOR_RANK_0)
+    where = "" if rank is None else f"rank {rank}: "
     print(f"error: {where}{message}", file=sys.stderr, flush=True)
     sys.exit(exit_code)
-
-
-def is_launched() -> bool:
-    """Whether this is one of several processes that torchrun has started."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1"
 
 
 def expand_home(path: str | Path) -> str:

@@ -155,7 +155,8 @@ def test_more_processes_than_images_are_refused():
 @pytest.fixture
 def launched(monkeypatch):
     """As if torchrun had started this process as one of four on this machine."""
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 4, "LOCAL_RANK": 1}.items():
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+    for name, value in {"RANK": 1, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 4, "LOCAL_RANK": 1, **meeting}.items():
         monkeypatch.setenv(name, str(value))
 
 

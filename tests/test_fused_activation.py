@@ -9,10 +9,6 @@ import fused_activation
 import pytest
 import torch
 from conftest import ROOT
-from locallip.bound.activations import Clip, ClippedMaxMin
-from locallip.bound.fused import activation, through_activation
-from locallip.bound.power_iteration import PowerIteration
-from locallip.training.vectors import StoredVectors
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,7 +16,11 @@ import local_bound
 import training
 from data_load import channels_last
 from local_bound import bcp_loss, propagate, worst_logits
+from locallip.bound.activations import Clip
+from locallip.bound.fused import activation, through_activation
 from locallip.bound.layers import ClampGroupSort, ReLU_x
+from locallip.bound.power_iteration import PowerIteration
+from locallip.training.vectors import StoredVectors
 
 IMAGES = 6
 SHAPES = {"map": (4, 3, 5), "dense": (8,)}

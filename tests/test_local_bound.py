@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from local_bound import Bound, bcp_loss, gloro_logits, gloro_loss, propagate, worst_logits, worst_margin
-from locallip.bound.power_iteration import PowerIteration
 from locallip.bound.layers import ClampGroupSort, Normalize, ReLU_x
+from locallip.bound.power_iteration import PowerIteration
 
 KINDS = ("relux", "relu", "maxmin", "mixture", "normalized")
 EPSILONS = (0.05, 0.4, 2.0)

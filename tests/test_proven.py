@@ -8,18 +8,18 @@ import torch
 from conftest import TINY, WIDTH
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from locallip.bound.lanczos import inflation, largest_ritz_value
-from locallip.bound.proven_norms import ProvenNorms, torus_bound
-from locallip.bound.rounding import FLOAT32, Rounding
-from locallip.bound.operators import Conv, Dense
-from locallip.bound.power_iteration import PowerIteration
 from test_local_bound import clipped_relu, dense_matrix, points_in_the_ball
 from test_own_networks import ExactNorms as PublishedWalk
 from torch import nn
 
 import utils
 from local_bound import LANCZOS_STEPS, certify, propagate, prove, worst_logits, worst_margin
+from locallip.bound.lanczos import inflation, largest_ritz_value
 from locallip.bound.layers import Normalize
+from locallip.bound.operators import Conv, Dense
+from locallip.bound.power_iteration import PowerIteration
+from locallip.bound.proven_norms import ProvenNorms, torus_bound
+from locallip.bound.rounding import FLOAT32, Rounding
 
 examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 SURELY = 1e-6  # failure probability

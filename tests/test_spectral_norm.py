@@ -2,10 +2,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+
 from locallip.bound.operators import Conv, Dense
 from locallip.bound.power_iteration import PowerIteration
 from locallip.training.vectors import StoredVectors
-from torch import nn
 
 # The same examples every time, so that a failure is nobody's bad luck.
 examples = settings(max_examples=30, deadline=None, derandomize=True, database=None)

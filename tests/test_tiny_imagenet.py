@@ -14,7 +14,6 @@ import torch
 import train_tinyimagenet
 from conftest import ROOT, Answer, read_csv
 from PIL import Image
-from locallip.bound.power_iteration import PowerIteration
 from torch import nn
 
 import data_load
@@ -25,6 +24,7 @@ from data_load import count_classes, load_data
 from local_bound import propagate
 from locallip import tiny_imagenet
 from locallip.bound.layers import ClampGroupSort, ReLU_x
+from locallip.bound.power_iteration import PowerIteration
 
 WNIDS = ["n03", "n01", "n02"]  # not in the order of the labels
 PER_CLASS = {True: 4, False: 2}

@@ -356,6 +356,14 @@ def test_resume_refuses_other_arguments(runs, flags):
     assert runs.contents() == before
 
 
+def test_a_refused_resume_names_the_run_to_begin_instead(runs):
+    checkpoint = runs.train("--epochs", 1, "--rampup", 0).checkpoint
+    with pytest.raises(InputError, match=f"another --prefix --start_from {checkpoint}$"):
+        runs.train("--epochs", 2, "--rampup", 0, "--resume")
+    with pytest.raises(InputError, match=r"another --prefix$"):  # the weights would not fit
+        runs.train("--epochs", 1, "--rampup", 0, "--width", 0.1, "--resume")
+
+
 def test_resume_refuses_a_prefix_without_a_run(runs):
     with pytest.raises(InputError, match="no checkpoint"):
         runs.train("--resume")
@@ -366,6 +374,42 @@ def test_resume_refuses_a_checkpoint_without_what_resuming_needs(runs, tiny_net)
     utils.save_checkpoint(path, {"state_dict": tiny_net.state_dict(), "err": 0.5, "epoch": 1})
     with pytest.raises(InputError, match=r"cannot be resumed: it has no .*optimizer"):
         runs.train("--resume")
+
+
+# --- starting from the weights of another run
+
+
+def test_a_run_starts_from_the_weights_of_another(runs):
+    first = runs.train(name="first").checkpoint
+    trained = utils.load_checkpoint(first)["state_dict"]
+    one_epoch = ["--epochs", 1, "--rampup", 0, "--lr", 1e-30, "--start_from", first]
+    again = utils.load_checkpoint(runs.train(*one_epoch, name="again").checkpoint)
+    assert all(torch.equal(again["state_dict"][key], trained[key]) for key in trained)  # lr 1e-30 moves nothing
+    assert again["arguments"]["start_from"] == str(first)
+    assert (again["epoch"], len(again["rows"])) == (1, 1)
+    assert max(state["step"] for state in again["optimizer"]["state"].values()) == 4  # batches of one epoch
+
+
+def test_a_run_that_started_from_weights_remembers_it_when_resumed(runs):
+    first = runs.train("--epochs", 1, "--rampup", 0, name="first").best
+    runs.train_until(2, "--start_from", first, name="parts")
+    parts = runs.train("--resume", name="parts")
+    assert utils.load_checkpoint(parts.checkpoint)["arguments"]["start_from"] == str(first)
+    assert len(read_csv(parts.log)) == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--width", 0.1], "of another architecture"),
+        (["--start_from", "nowhere.pth"], "no checkpoint at nowhere.pth"),
+        (["--resume"], "excludes --start_from"),
+    ],
+)
+def test_weights_that_cannot_be_started_from_are_refused_and_nothing_is_written(runs, saved_net, flags, complaint):
+    with pytest.raises(InputError, match=complaint):
+        runs.train("--start_from", saved_net, *flags)
+    assert not [path for path in runs.folder.rglob("tiny*") if path.is_file()]
 
 
 # --- accidents

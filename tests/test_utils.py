@@ -1,12 +1,12 @@
 import pytest
 import torch
 from conftest import WIDTH
-from locallip.bound.power_iteration import PowerIteration
 from torch import nn
 
 import utils
 from data_load import DATA_SETS
 from local_bound import propagate
+from locallip.bound.power_iteration import PowerIteration
 from utils import ClampGroupSort, InputError, ReLU_x
 
 # --- activations

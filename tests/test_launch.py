@@ -1,0 +1,187 @@
+"""Several processes without torchrun: their environment says enough for one run, or is refused in one line."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY, Answer, read_csv
+
+from locallip import launch
+from locallip.launch import Launch
+
+MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+LAUNCHERS = {
+    "torchrun or a loop": {"RANK": "1", "WORLD_SIZE": "3"},
+    "Open MPI": {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "3"},
+    "MPICH": {"PMI_RANK": "1", "PMI_SIZE": "3"},
+    "srun": {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "3", "SLURM_NTASKS": "3"},
+    "srun with the size exported": {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "3", "WORLD_SIZE": "3"},
+}
+OF_LAUNCHERS = re.compile("RANK|LOCAL_|WORLD_SIZE|MASTER_|OMPI_|PMI_|SLURM_|TORCHELASTIC")
+
+
+def process_environment(**given):
+    """This process's environment without any launcher's variables, and with these."""
+    plain = {name: value for name, value in os.environ.items() if not OF_LAUNCHERS.match(name)}
+    return plain | {"OMP_NUM_THREADS": "1"} | given
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_launcher_is_understood(launcher):
+    assert launch.read(LAUNCHERS[launcher] | MEETING) == Launch(1, 3, None, None)
+
+
+def test_the_place_on_the_machine_is_taken_where_it_is_told():
+    local = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    assert launch.read(LAUNCHERS["torchrun or a loop"] | MEETING | local) == Launch(1, 3, 0, 2)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"WORLD_SIZE": "1"},
+        {"RANK": "0", "WORLD_SIZE": "1"},
+        {"RANK": "", "WORLD_SIZE": ""},
+        {"SLURM_NTASKS": "4", "SLURM_NPROCS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},  # sbatch, salloc
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # srun --pty bash
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
+        {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "WORLD_SIZE": "1"},  # separate runs, asked for
+    ],
+)
+def test_one_process_is_alone(environment):
+    assert launch.read(environment) == Launch() == Launch(0, 1, 0, 1)
+
+
+def test_torchrun_inside_srun_and_mpirun_by_way_of_srun_are_the_ones_that_count():
+    srun = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    assert launch.read(srun | {"RANK": "5", "WORLD_SIZE": "8"} | MEETING).rank == 5
+    assert launch.read(srun | {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8"} | MEETING).rank == 5
+
+
+REFUSED = {
+    "no rank": ({"WORLD_SIZE": "2"} | MEETING, "not both"),
+    "no size": ({"RANK": "0"} | MEETING, "not both"),
+    "rank too large": ({"RANK": "2", "WORLD_SIZE": "2"} | MEETING, "no process 2 of 2"),
+    "negative rank": ({"RANK": "-1", "WORLD_SIZE": "2"} | MEETING, "no process -1 of 2"),
+    "no processes": ({"RANK": "0", "WORLD_SIZE": "0"} | MEETING, "no process 0 of 0"),
+    "no number": ({"RANK": "first", "WORLD_SIZE": "2"} | MEETING, "RANK is no whole number: 'first'"),
+    "no address": ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}, "set MASTER_ADDR for all"),
+    "no meeting place": (LAUNCHERS["srun"], "set MASTER_ADDR and MASTER_PORT for all"),
+    "no port": ({"RANK": "0", "WORLD_SIZE": "2"} | MEETING | {"MASTER_PORT": "70000"}, "no port"),
+    "another size": ({"WORLD_SIZE": "2"} | LAUNCHERS["srun"] | MEETING, "1 of 2, its launcher 1 of 3"),
+    "another rank": ({"RANK": "0"} | LAUNCHERS["Open MPI"] | MEETING, "0 of 3, its launcher 1 of 3"),
+    "local rank too large": (
+        {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"} | MEETING,
+        "LOCAL_RANK 2 and LOCAL_WORLD_SIZE 2",
+    ),
+    "more here than there are": ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "4"} | MEETING, "SIZE 4"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_joined_is_refused_with_a_way_out(case):
+    environment, complaint = REFUSED[case]
+    with pytest.raises(ValueError, match=complaint) as error:
+        launch.read(environment)
+    assert len(str(error.value).splitlines()) == 1
+
+
+# --- for real
+
+SHORT = ["--epochs", 1, "--rampup", 0, "--epsilon", 0.1, "--epsilon_train", 0.1, "--sniter", 1, "--test_sniter", 1]
+FEW_DIGITS = """
+import sys
+sys.path.insert(0, {root!r})
+from datetime import timedelta
+import train_mnist, training, utils
+import locallip.files
+from locallip import distributed
+
+distributed._MEETING = timedelta(seconds={seconds})
+distributed._SECONDS_FOR_TORCHRUN = locallip.files._SECONDS_FOR_RANK_0 = 0
+load_data = training.load_data
+training.load_data = lambda data, data_dir, train: load_data(data, data_dir, train)[: 66 if train else 21]
+utils.run_script(train_mnist.main)
+"""
+
+
+def start_loop(folder, environments, *flags, seconds=60):
+    """What a hand-written loop does: one process for each environment; how they ended."""
+    script = folder / "train_few.py"
+    script.write_text(FEW_DIGITS.format(root=str(ROOT), seconds=seconds))
+    command = [sys.executable, script, *TINY, *SHORT, "--output_dir", folder, "--prefix", "few", *flags]
+    started = [
+        subprocess.Popen(
+            [str(word) for word in command],
+            env=process_environment(**environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for environment in environments
+    ]
+    try:
+        ends = [process.communicate(timeout=100) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [Answer(process.returncode, *end) for process, end in zip(started, ends)]
+
+
+@pytest.fixture
+def meeting():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+
+
+def names(rank):
+    return {"RANK": str(rank), "WORLD_SIZE": "2"}
+
+
+def errors(answer):
+    return [line for line in answer.err.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize(
+    "of_rank", [names, lambda rank: {"SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": "2"}], ids=["loop", "srun"]
+)
+def test_two_processes_of_a_loop_train_one_run_and_write_one_set_of_files(tmp_path, meeting, of_rank):
+    first, second = start_loop(tmp_path, [of_rank(rank) | meeting for rank in range(2)], "--batch_size", 9)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert "66 training images, 21 test images" in first.out
+    assert "in each of 2 processes" in first.out
+    assert second.out == ""
+    assert {path.name for path in tmp_path.glob("few*")} == {"few_best.pth", "few_checkpoint.pth", "few_epochs.csv"}
+    assert len(read_csv(tmp_path / "few_epochs.csv")) == 1
+
+
+def test_what_one_process_of_a_loop_refuses_ends_all(tmp_path, meeting):
+    (tmp_path / "few_best.pth").write_text("mine")
+    answers = start_loop(tmp_path, [names(rank) | meeting for rank in range(2)])
+    assert [answer.code for answer in answers] == [2, 2]
+    assert re.match("error: rank 0: .*few_best.pth exists", answers[0].err)
+    assert re.match("error: rank 1: process 0: .*few_best.pth exists", answers[1].err)
+    assert (tmp_path / "few_best.pth").read_text() == "mine"
+
+
+def test_processes_without_a_meeting_place_write_nothing(tmp_path):
+    for answer in start_loop(tmp_path, [names(0), names(1)]):
+        assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1)
+        assert "set MASTER_ADDR and MASTER_PORT" in answer.err
+    assert not list(tmp_path.glob("few*"))
+
+
+@pytest.mark.parametrize("started", [[0], [1], [1, 1, 0], [0, 0]], ids=["only 0", "only 1", "1 twice", "0 twice"])
+def test_processes_that_do_not_meet_write_nothing(tmp_path, meeting, started):
+    answers = start_loop(tmp_path, [names(rank) | meeting for rank in started], seconds=4)
+    # Where one is started twice, the two that met may be a run.
+    failed = [answer for answer in answers if answer.code]
+    assert failed
+    assert all(len(errors(answer)) == 1 for answer in failed)
+    assert all("did not meet" in answer.err or "two processes are" in answer.err for answer in failed[:1])
+    assert len(failed) == len(answers) or len(answers) == 3
