@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 import distributed
-import report
 import utils
 from data_load import ImageSet, count_classes, load_data
-from dependencies import L2PGDAttack
-from local_bound import STAGES, eliminated, propagate, prove, worst_logits, worst_margin
-from proven_norm import DEPLOYED, ProvenNorms
-from report import CERTIFIED_MULTIPLES, PGD_MULTIPLES, Outcome
-from spectral_norm import PowerIteration
+from locallip.evaluation import report
+from locallip.evaluation.certificates import Estimate, Proven
+from locallip.evaluation.evaluation import evaluate
+from locallip.evaluation.outcome import Outcome
+from locallip.evaluation.summary import as_text, summarize
+from proven_norm import DEPLOYED
 from utils import InputError
-
-PGD_STEPS = 100
-# At the other radii of the picture; fewer steps can only make PGD look weaker, never a certificate look true.
-PGD_CURVE_STEPS = 25
 
 
 def arguments(defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
@@ -102,270 +96,6 @@ def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[
     return model, images.to(device)[: args.images], path, checkpoint
 
 
-class Estimate:
-    """The published protocol: norms by power iteration, which approaches them from below, in float32.
-
-    Answers what `--test_sniter` iterations for every norm would, in stages. An image that the global bound certifies,
-    or that is misclassified, needs no local norms. One that a few iterations fail to certify stays so, since estimates
-    only grow with further ones. Norms and margins reported are those of the stage that decided.
-    """
-
-    def __init__(self, model: nn.Sequential, args: argparse.Namespace):
-        self.model, self.args, self.clip = model, args, clip_range(args)
-        self.norms = PowerIteration(args.test_sniter, seed=args.seed, skip_idle_masks=True)
-
-    def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """What is known about a batch at epsilon."""
-        many, few = self.args.test_sniter, max(1, self.args.test_sniter // 100)
-        known: dict[str, Tensor] = {}
-        still_open = torch.arange(len(x), device=x.device)
-        # The global norms of the first batch's many iterations start those of all others.
-        for local_positions, iterations in (
-            ([], few if self.norms.global_vectors else many),
-            (None, few),
-            (None, many),
-        ):
-            self.norms.local_positions, self.norms.iterations = local_positions, iterations
-            self.norms.local_vectors = {}
-            found = self._ask(x[still_open], y[still_open])
-            known = known or {name: column.clone() for name, column in found.items()}
-            for name, column in found.items():
-                known[name][still_open] = column
-            certified, failed = found["worst_margin"] > 0, found["worst_margin"] <= 0  # neither, if it is NaN
-            still_open = still_open[certified if local_positions is None else failed & (found["margin"] > 0)]
-            if not len(still_open):
-                break
-        return known
-
-    def _ask(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        bound = propagate(self.model, x, self.args.epsilon, self.norms, self.clip)
-        rows, columns = eliminated(bound)
-        return {
-            "margin": worst_margin(bound.logits, y),
-            "worst_margin": worst_margin(worst_logits(bound, y, self.args.test_opt_iter), y),
-            "local_bound": bound.local_lipschitz,
-            "global_bound": bound.global_lipschitz.expand(len(x)),
-            "global_radius": global_radius(self.model, bound.logits, y, bound.global_lipschitz),
-            "eliminated_rows": rows,
-            "eliminated_columns": columns,
-        }
-
-    def at(self, x: Tensor, y: Tensor, epsilon: float) -> Tensor:
-        """Certified (N,) at another radius, by fewer iterations."""
-        self.norms.iterations, self.norms.local_vectors = max(10, self.args.test_sniter // 20), {}
-        self.norms.local_positions = None
-        bound = propagate(self.model, x, epsilon, self.norms, self.clip)
-        return worst_margin(worst_logits(bound, y, self.args.test_opt_iter), y) > 0
-
-    def describe(self) -> dict[str, Any]:
-        """For the summary."""
-        return {"kind": "estimate", "power_iterations": self.args.test_sniter, "clip": self.args.clip}
-
-    def progress(self) -> dict[str, int]:
-        """For the progress bar."""
-        return {}
-
-
-class Proven:
-    """Upper bounds on all norms, in float64, with rounding allowed for (see `proven_norm`).
-
-    images: how many this process will ask about. Every process has an equal share of the failure probability, and
-    random vectors of its own.
-    """
-
-    def __init__(self, model: nn.Sequential, args: argparse.Namespace, images: int):
-        self.model, self.args, self.clip = copy.deepcopy(model).double(), args, clip_range(args)
-        asked = images + len(CERTIFIED_MULTIPLES) * (
-            min(images, args.curve_images + args.test_batch_size) if args.out else 0
-        )
-        planned = asked * len(self.model) * len(STAGES)
-        compares = args.clip or args.deployed != "exact"
-        probability = args.failure_probability / (2 if compares else 1) / distributed.processes()
-        seed = None if args.certificate_seed is None else args.certificate_seed + 2 * distributed.rank()
-        self.norms = ProvenNorms(probability, planned, seed=seed, deployed=args.deployed)
-        self.decided = [0] * (len(STAGES) + 1)
-        # What --clip gains and --deployed costs is measured beside the certificate without them.
-        self.plain_norms: ProvenNorms | None = None
-        self.plain_certified = 0
-        if compares:
-            self.plain_norms = ProvenNorms(probability, planned, seed=None if seed is None else seed + 1)
-
-    def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """What is known about a batch at epsilon."""
-        proof = prove(self.model, x.double(), y, self.args.epsilon, self.norms, self.clip)
-        if self.plain_norms is not None:
-            plain = prove(self.model, x.double(), y, self.args.epsilon, self.plain_norms)
-            self.plain_certified += int((plain.margin > 0).sum())
-        open_to_the_end = proof.decided.pop()
-        for stage, count in enumerate(proof.decided):
-            self.decided[stage] += count
-        self.decided[-1] += open_to_the_end
-        return {
-            "margin": worst_margin(proof.logits, y),
-            "worst_margin": proof.margin,
-            "local_bound": proof.local_lipschitz,
-            "global_bound": proof.global_lipschitz.expand(len(x)),
-            "global_radius": global_radius(self.model, proof.logits, y, proof.global_lipschitz),
-            "eliminated_rows": proof.eliminated[0],
-            "eliminated_columns": proof.eliminated[1],
-        }
-
-    def at(self, x: Tensor, y: Tensor, epsilon: float) -> Tensor:
-        """Certified (N,) at another radius."""
-        return prove(self.model, x.double(), y, epsilon, self.norms, self.clip).margin > 0
-
-    def describe(self) -> dict[str, Any]:
-        """For the summary, of all processes together; `seed` lists theirs if there are several."""
-        seeds = distributed.gather(self.norms.seed)
-        plain_certified = sum(distributed.gather(self.plain_certified))
-        return {
-            "kind": "proven",
-            "failure_probability": self.args.failure_probability,
-            "seed": seeds[0] if len(seeds) == 1 else seeds,
-            "deployed": self.args.deployed,
-            "clip": self.args.clip,
-            "lanczos_steps": list(STAGES),
-            "decided": [sum(counts) for counts in zip(*distributed.gather(self.decided))],
-            "certified_plain": None if self.plain_norms is None else plain_certified,
-        }
-
-    def progress(self) -> dict[str, int]:
-        """For the progress bar."""
-        return {"decided": sum(self.decided[:-1]), "undecided": self.decided[-1]}
-
-
-def clip_range(args: argparse.Namespace) -> tuple[float, float] | None:
-    """Pixel values of a valid image, if the attacker is bound to them."""
-    return (0.0, 1.0) if args.clip else None
-
-
-def evaluate(
-    model: nn.Sequential, images: ImageSet, args: argparse.Namespace, certificates: Sequence[Estimate | Proven]
-) -> list[Outcome]:
-    """Evaluate a model in eval mode on all images, as `args` say; both on one device. One outcome per certificate.
-
-    Several processes share the images out among them, and each returns the outcomes of all.
-    """
-    own, parts, done = distributed.shard(images), [], 0
-    quiet = None if distributed.is_main() else True
-    with tqdm(total=len(own), unit="image", disable=quiet, dynamic_ncols=True) as bar:
-        for x, y, _ in own.batches(args.test_batch_size):
-            curve = bool(args.out) and done * distributed.processes() < args.curve_images
-            parts.append(evaluate_batch(model, x, y, args, certificates, curve))
-            done += len(x)
-            bar.update(len(x))
-            bar.set_postfix(certificates[0].progress())
-    # The parts of the processes one after the other, then every image in its place.
-    parts = [part for of_process in distributed.gather(parts) for part in of_process]
-    order = np.argsort(np.concatenate(distributed.places(len(images))))
-    return [Outcome.concatenate(of_certificate).take(order) for of_certificate in zip(*parts)]
-
-
-def evaluate_batch(
-    model: nn.Sequential,
-    x: Tensor,
-    y: Tensor,
-    args: argparse.Namespace,
-    certificates: Sequence[Estimate | Proven],
-    curve: bool = False,
-) -> list[Outcome]:
-    """Everything about one batch, for each certificate. x: (N, C, H, W), y: (N,). curve: also at the other radii."""
-
-    def survives(places: Tensor, multiple: float) -> Tensor:
-        steps = PGD_STEPS if multiple == 1 else PGD_CURVE_STEPS
-        attacked = pgd(model, x[places], y[places], multiple * args.epsilon, steps)
-        with torch.no_grad():
-            return right(model(attacked), y[places])
-
-    with torch.no_grad():
-        logits = model(x)
-    clean = right(logits, y)
-    survived = ask(clean, lambda places: survives(places, 1))
-    attacked = {
-        "label": y.cpu().numpy(),
-        "prediction": logits.argmax(dim=1).cpu().numpy(),
-        "clean": clean.cpu().numpy(),
-        "pgd": survived.cpu().numpy(),
-        "pgd_over_radius": over_radius(clean, survived, survives, PGD_MULTIPLES, curve),
-    }
-    return [Outcome(**attacked, **_certified(x, y, args, certificate, curve)) for certificate in certificates]
-
-
-@torch.no_grad()
-def _certified(
-    x: Tensor, y: Tensor, args: argparse.Namespace, certificate: Estimate | Proven, curve: bool
-) -> dict[str, np.ndarray]:
-    def certifies(places: Tensor, multiple: float) -> Tensor:
-        return certificate.at(x[places], y[places], multiple * args.epsilon)
-
-    found = certificate(x, y)
-    found["certified"] = found["worst_margin"] > 0
-    known = found["margin"] > 0, found["certified"]
-    certified_over_radius = over_radius(*known, certifies, CERTIFIED_MULTIPLES, curve)
-    columns = {name: column.cpu().numpy() for name, column in found.items()}
-    return columns | {"certified_over_radius": certified_over_radius}
-
-
-def ask(asked: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:
-    """(N,) bool: what `answer` says of the images asked about, given their places; False for the others."""
-    result, places = torch.zeros_like(asked), asked.nonzero().squeeze(1)
-    if len(places):
-        result[places] = answer(places)
-    return result
-
-
-def over_radius(
-    at_zero: Tensor,
-    at_epsilon: Tensor,
-    answer: Callable[[Tensor, float], Tensor],
-    multiples: Sequence[float],
-    curve: bool = True,
-) -> np.ndarray:
-    """For which images `answer` is yes at R rising multiples of epsilon, asked outwards from epsilon: (N, R) 0 or 1.
-
-    What holds in a ball holds in every smaller one, so an image is asked about only where that leaves it open. An
-    attack that fails at epsilon is taken to fail at smaller radii.
-
-    at_zero, at_epsilon: (N,) bool, the answers there. curve: False asks nothing and gives NaN.
-    """
-    if not curve:
-        return np.full((len(at_zero), len(multiples)), np.nan)
-    columns = {0.0: at_zero, 1.0: at_epsilon}
-    inner = outer = at_epsilon
-    for m in sorted((m for m in multiples if 0 < m < 1), reverse=True):
-        columns[m] = inner = inner | ask(at_zero & ~inner, lambda places, m=m: answer(places, m))
-    for m in sorted(m for m in multiples if m > 1):
-        columns[m] = outer = ask(outer, lambda places, m=m: answer(places, m))
-    return torch.stack([columns[float(m)] for m in multiples], dim=1).double().cpu().numpy()
-
-
-def right(logits: Tensor, y: Tensor) -> Tensor:
-    """(N,) bool: the label has the largest logit, and none is NaN."""
-    return (logits.argmax(dim=1) == y) & ~logits.isnan().any(dim=1)
-
-
-def pgd(model: nn.Sequential, x: Tensor, y: Tensor, epsilon: float, steps: int = PGD_STEPS) -> Tensor:
-    """The attack of the paper: steps of epsilon / 4 from a random point of the ball, inside [0, 1]."""
-    if epsilon == 0:
-        return x
-    x = x.contiguous()  # advertorch flattens what it is given in this order only
-    cross_entropy = nn.CrossEntropyLoss(reduction="sum")
-    point = L2PGDAttack(model, cross_entropy, epsilon, steps, epsilon / 4, True, 0.0, 1.0).perturb(x, y)
-    # The attack rounds after it has projected; a hair outside of the ball would prove nothing.
-    step = (point - x).flatten(1)
-    scale = (epsilon * (1 - 1e-6) / step.norm(dim=1).clamp(min=1e-30)).clamp(max=1)
-    return x + (step * scale[:, None]).view_as(x)
-
-
-def global_radius(model: nn.Sequential, logits: Tensor, y: Tensor, lipschitz: Tensor) -> Tensor:
-    """Radius (N,) up to which the global bound alone certifies: the smallest margin over ||w_y - w_j|| times it."""
-    weight = model[-1].weight
-    margins = logits.gather(1, y[:, None]) - logits  # (N, K)
-    slopes = (weight[y].unsqueeze(1) - weight).norm(dim=2) * lipschitz
-    radii = (margins / slopes).scatter(1, y[:, None], torch.inf)
-    return radii.amin(dim=1).clamp(min=0)
-
-
 def find_checkpoint(saved_model: str) -> Path:
     """The file of that name, or the best checkpoint of the run with that prefix."""
     for path in (Path(saved_model), Path(saved_model + "_best.pth")):
@@ -403,8 +133,8 @@ def _evaluate_checkpoint(args: argparse.Namespace) -> dict[str, Outcome]:
         return {}
     seconds = time.perf_counter() - started
     for number, (outcome, how) in enumerate(zip(outcomes, certified_by)):
-        summary = report.summarize(outcome, args, path, checkpoint.get("arguments"), how, seconds)
-        print(report.as_text(summary))
+        summary = summarize(outcome, args, path, checkpoint.get("arguments"), how, seconds)
+        print(as_text(summary))
         if args.out:
             for written in report.write(folders[number], outcome, summary):
                 print(written)

@@ -35,9 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from benchmarks.certification import timed
 from data_load import channels_last
-from evaluate import global_radius
 from fused_activation import compile_activations
 from local_bound import STAGES, propagate, prove
+from locallip.evaluation.certificates import global_radius
 from proven_norm import ProvenNorms
 from spectral_norm import PowerIteration, StoredVectors
 from training import Layout, RobustLoss, Step

@@ -11,6 +11,7 @@ from conftest import TINY, read_csv
 from torch import nn
 
 import falsify
+from locallip.evaluation.attacks import attack_labels, attack_slopes
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_there_is_nothing_to_attack_at_radius_zero(attack):
 def test_the_slope_attack_finds_the_norm_of_a_linear_map():
     torch.manual_seed(0)
     hidden = nn.Sequential(nn.Flatten(), nn.Linear(6, 4)).double()
-    found = falsify.attack_slopes(hidden, torch.rand(3, 1, 2, 3, dtype=torch.float64), 0.1, steps=200)
+    found = attack_slopes(hidden, torch.rand(3, 1, 2, 3, dtype=torch.float64), 0.1, steps=200)
     norm = torch.linalg.matrix_norm(hidden[1].weight, ord=2)
     assert (found <= norm * (1 + 1e-9)).all()
     assert (found > 0.99 * norm).all()
@@ -72,8 +73,8 @@ def test_the_label_attack_breaks_a_linear_net_just_beyond_its_margin():
     net[1].bias.data = torch.tensor([-0.7, 0.7], dtype=torch.float64)
     x = torch.tensor([[[[0.5, 0.5]]]], dtype=torch.float64)  # the classes meet where the first pixel is 0.7
     y = torch.tensor([1])
-    assert falsify.attack_labels(net, x, y, 0.21, restarts=2).all()
-    assert not falsify.attack_labels(net, x, y, 0.19, restarts=2).any()
+    assert attack_labels(net, x, y, 0.21, restarts=2).all()
+    assert not attack_labels(net, x, y, 0.19, restarts=2).any()
 
 
 def test_the_benchmark_prints_and_writes_both_costs(call, saved_net, tmp_path):

@@ -45,11 +45,11 @@ def launch(processes, *command):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """What one process finds."""
-    pgd, arguments = worker.evaluate.pgd, sys.argv
+    pgd, arguments = worker.evaluation_module.pgd, sys.argv
     try:
         return worker.everything(tmp_path_factory.mktemp("alone"))
     finally:
-        worker.evaluate.pgd, sys.argv = pgd, arguments
+        worker.evaluation_module.pgd, sys.argv = pgd, arguments
 
 
 @pytest.fixture(scope="module", params=[2, 4])

@@ -1,0 +1,42 @@
+"""What an evaluation finds, image by image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+# The curves over the radius: multiples of epsilon for the certificate, and for PGD between 0 and epsilon and beyond.
+CERTIFIED_MULTIPLES = np.linspace(0, 2, 9)
+PGD_MULTIPLES = np.array([0.5, 1.5, 2.0])
+
+
+@dataclass
+class Outcome:
+    """What an evaluation found for N images: every field is an array with one row per image."""
+
+    label: np.ndarray  # (N,) int
+    prediction: np.ndarray  # (N,) int
+    clean: np.ndarray  # (N,) bool: classified right
+    pgd: np.ndarray  # (N,) bool: still right at the point that PGD found
+    certified: np.ndarray  # (N,) bool: right in the whole ball, by the bound
+    margin: np.ndarray  # (N,) label's logit minus the largest other one, at x
+    worst_margin: np.ndarray  # (N,) the same, bounded over the ball
+    local_bound: np.ndarray  # (N,) Lipschitz bound up to the last hidden layer, in the ball
+    global_bound: np.ndarray  # (N,) the same, everywhere
+    global_radius: np.ndarray  # (N,) radius that the global bound certifies, 0 where x is misclassified
+    eliminated_rows: (
+        np.ndarray
+    )  # (N, L) share of the rows of every linear layer but the last that the ball switches off
+    eliminated_columns: np.ndarray  # (N, L) the same of its columns
+    pgd_over_radius: np.ndarray  # (N, R) 0 or 1 at PGD_MULTIPLES, NaN where it was not asked
+    certified_over_radius: np.ndarray  # (N, R) the same at CERTIFIED_MULTIPLES
+
+    @staticmethod
+    def concatenate(parts: list[Outcome]) -> Outcome:
+        """The outcome of a whole set from those of its batches."""
+        return Outcome(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Outcome)})
+
+    def take(self, order: np.ndarray) -> Outcome:
+        """The images at these places."""
+        return Outcome(**{f.name: getattr(self, f.name)[order] for f in fields(Outcome)})
