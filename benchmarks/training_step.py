@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 import utils
-from benchmarks.certification import timed
+from benchmarks.certification import refuse_existing, timed
 from data_load import channels_last
 from fused_activation import compile_activations
 from local_bound import STAGES, propagate, prove
@@ -227,10 +227,11 @@ def main() -> None:
     flag("--bfloat16", action="store_true", help="time steps with convolutions in bfloat16 too")
     flag("--certified_images", type=utils.positive_int, default=8, help="images that are certified")
     flag("--json", default="results/bench/training_step.json", help="file for the figures")
+    flag("--overwrite", action="store_true", help="replace the file that --json names")
     options = parser.parse_args()
-    device = utils.select_device(options.device)
     path = Path(options.json)
-    utils.check_writable(path.parent)
+    refuse_existing(path, options.overwrite)
+    device = utils.select_device(options.device)
     if options.compile == "yes":
         compile_activations()
     results = []

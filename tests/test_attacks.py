@@ -119,3 +119,22 @@ def test_the_step_benchmark_prints_and_writes_its_recipes(call, tmp_path):
         for kind in ("all", "idle skipped", "bfloat16"):
             ratio = recipe[kind]["milliseconds"] / recipe["plain"]["milliseconds"]
             assert math.isclose(recipe[kind]["over_plain"], ratio)
+
+
+@pytest.mark.parametrize("benchmark", ["certification", "training_step"])
+def test_a_benchmark_replaces_its_figures_only_when_asked(benchmark, call, saved_net, tmp_path):
+    path = tmp_path / "figures.json"
+    path.write_text("of a long run")
+    flags = {
+        "certification": [*TINY, "--saved_model", saved_net, "--epsilon", 0.01, "--images", 2, "--test_sniter", 2],
+        "training_step": ["--recipes", "mnist-4c3f", "--width", 0.05, "--repeats", 1, "--device", "cpu"],
+    }[benchmark]
+    answer = call(f"benchmarks.{benchmark}", *flags, "--json", path)
+    assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1)
+    assert "--overwrite" in answer.err
+    assert path.read_text() == "of a long run"
+    quick = ["--compile", "no", "--certified_images", 1] if benchmark == "training_step" else []
+    answer = call(f"benchmarks.{benchmark}", *flags, *quick, "--json", path, "--overwrite")
+    assert answer.code == 0, answer.err
+    assert json.loads(path.read_text())["torch"] == torch.__version__
+    assert [file.name for file in tmp_path.iterdir() if file.suffix == ".json"] == ["figures.json"]
