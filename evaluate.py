@@ -15,13 +15,13 @@ from torch import nn
 
 import distributed
 import utils
-from data_load import ImageSet, count_classes, load_data
+from data_load import DATA_SETS, ImageSet, count_classes, load_data
+from locallip.bound.proven_norms import DEPLOYED
 from locallip.evaluation import report
 from locallip.evaluation.certificates import Estimate, Proven
 from locallip.evaluation.evaluation import evaluate
 from locallip.evaluation.outcome import Outcome
 from locallip.evaluation.summary import as_text, summarize
-from proven_norm import DEPLOYED
 from utils import InputError
 
 
@@ -44,7 +44,7 @@ def arguments(defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
     out = (
         "folder for the report: a CSV row per image, summary.json and pictures; below it, proven/ and estimate/ of both"
     )
-    flag("--out", help=out)
+    flag("--out", type=utils.path, help=out)
     flag("--overwrite", action="store_true", help="replace a report that --out has already")
     parser.set_defaults(**(defaults or {}))
     args = parser.parse_args()
@@ -59,7 +59,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     # What is not given is taken from the checkpoint, where it knows.
     parser.set_defaults(data=None, model=None, width=None)
     flag = parser.add_argument
-    flag("--saved_model", required=True, help="checkpoint file, or the prefix of one (PREFIX_best.pth)")
+    saved = "checkpoint file, or the prefix of one (PREFIX_best.pth)"
+    flag("--saved_model", type=utils.path, required=True, help=saved)
     epsilon = "L2 radius in pixel space (pixels in [0, 1]); default: the paper's for the data set"
     flag("--epsilon", type=utils.natural_float, help=epsilon)
     flag("--images", type=utils.positive_int, help="only the first so many test images; default: all")
@@ -90,7 +91,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[
     utils.load_weights(model, checkpoint["state_dict"], str(path))
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if args.epsilon is None:
-        args.epsilon = utils.EPSILON[args.data]
+        args.epsilon = DATA_SETS[args.data].epsilon
     with distributed.one_per_machine_first():
         images = load_data(args.data, args.data_dir, train=False)
     return model, images.to(device)[: args.images], path, checkpoint

@@ -15,7 +15,7 @@ import training
 import utils
 from data_load import ImageSet, load_data
 from local_bound import propagate
-from spectral_norm import PowerIteration
+from locallip.bound.power_iteration import PowerIteration
 from training import RobustLoss, Tally, count_batches, loss_weights
 
 IMAGES = 11  # shared by 2 or 4 processes, it leaves parts of different sizes

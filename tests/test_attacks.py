@@ -39,7 +39,7 @@ def test_a_certificate_that_falls_ends_with_a_shout(attack, monkeypatch):
     proof = falsify.prove
 
     def certify_everything(model, x, *rest):
-        return replace(proof(model, x, *rest), margin=torch.ones(len(x)))
+        return replace(proof(model, x, *rest), worst_margin=torch.ones(len(x)))
 
     monkeypatch.setattr(falsify, "prove", certify_everything)
     answer = attack("--epsilon", 5)

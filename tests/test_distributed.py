@@ -99,7 +99,7 @@ def test_every_process_has_its_share_of_the_failure_probability(monkeypatch, tin
         args = utils.ArgumentParser("").parse_args([])
         vars(args).update(out=None, clip=False, deployed="exact", certificate_seed=None, failure_probability=1e-6)
         norms = worker.evaluate.Proven(tiny_net, args, 10).norms
-        shares[processes] = norms.failure_probability
+        shares[processes] = norms.budget.failure_probability
     assert shares == {1: 1e-6, 4: 2.5e-7}
 
 

@@ -9,9 +9,9 @@ from conftest import TINY
 
 import evaluate
 from local_bound import propagate, worst_logits, worst_margin
+from locallip.bound.power_iteration import PowerIteration
 from locallip.evaluation.certificates import Estimate
 from locallip.evaluation.evaluation import over_radius
-from spectral_norm import PowerIteration
 
 MULTIPLES = [0.0, 0.5, 0.75, 1.0, 1.5, 2.0]
 

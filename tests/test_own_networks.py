@@ -9,13 +9,13 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import ROOT
+from spectral_norm import PowerIteration
 from test_local_bound import BATCH_NORMS, clipped_relu, dense_matrix, outputs_of, points_in_the_ball
 from torch import nn
 
 import local_bound
 from local_bound import Bound, certified_radius, certify, local_lipschitz, propagate, rule
-from spectral_norm import PowerIteration
-from utils import Normalize
+from locallip.bound.layers import Normalize
 
 IMAGES, CLASSES = 4, 5
 MAPS, ENTRIES = (2, 6, 6), (12,)

@@ -8,16 +8,16 @@ import torch
 from conftest import TINY, WIDTH
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from proven_norm import ProvenNorms, _inflation, _largest_ritz_value, torus_bound
+from rounding import FLOAT32, Rounding
+from spectral_norm import Conv, Dense, PowerIteration
 from test_local_bound import clipped_relu, dense_matrix, points_in_the_ball
 from test_own_networks import ExactNorms as PublishedWalk
 from torch import nn
 
 import utils
 from local_bound import STAGES, certify, propagate, prove, worst_logits, worst_margin
-from proven_norm import ProvenNorms, _inflation, _largest_ritz_value, torus_bound
-from rounding import FLOAT32, Rounding
-from spectral_norm import Conv, Dense, PowerIteration
-from utils import Normalize
+from locallip.bound.layers import Normalize
 
 examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 SURELY = 1e-6  # failure probability

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from local_bound import Bound, bcp_loss, gloro_logits, gloro_loss, propagate, worst_logits
-from spectral_norm import PowerIteration
-from utils import ClampGroupSort, ReLU_x
+from locallip.bound.layers import ClampGroupSort, ReLU_x
+from locallip.bound.power_iteration import PowerIteration
 
 FILES = sorted(Path(__file__).with_name("golden").glob("*.npz"))
 ITERATIONS = {"k3": 3, "kinf": 3000}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dependencies import L2PGDAttack
+from locallip.dependencies import L2PGDAttack
 
 PGD_STEPS = 100
 # At the other radii of the picture; fewer steps can only make PGD look weaker, never a certificate look true.

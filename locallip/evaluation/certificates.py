@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import distributed
-from local_bound import STAGES, eliminated, propagate, prove, worst_logits, worst_margin
+from locallip.bound.operators import Dense
+from locallip.bound.power_iteration import PowerIteration
+from locallip.bound.proof import LANCZOS_STEPS, eliminated, prove
+from locallip.bound.proven_norms import ProvenNorms
+from locallip.bound.walk import propagate
+from locallip.bound.worst_case import global_radius, worst_logits, worst_margin
 from locallip.evaluation.outcome import CERTIFIED_MULTIPLES
-from proven_norm import ProvenNorms
-from spectral_norm import PowerIteration
 
 
 class Estimate:
@@ -57,9 +60,9 @@ class Estimate:
         return {
             "margin": worst_margin(bound.logits, y),
             "worst_margin": worst_margin(worst_logits(bound, y, self.args.test_opt_iter), y),
-            "local_bound": bound.local_lipschitz,
-            "global_bound": bound.global_lipschitz.expand(len(x)),
-            "global_radius": global_radius(self.model, bound.logits, y, bound.global_lipschitz),
+            "local_bound": bound.hidden_lipschitz,
+            "global_bound": bound.global_hidden_lipschitz.expand(len(x)),
+            "global_radius": global_radius(bound.logits, y, bound.last, bound.global_hidden_lipschitz),
             "eliminated_rows": rows,
             "eliminated_columns": columns,
         }
@@ -92,12 +95,13 @@ class Proven:
         asked = images + len(CERTIFIED_MULTIPLES) * (
             min(images, args.curve_images + args.test_batch_size) if args.out else 0
         )
-        planned = asked * len(self.model) * len(STAGES)
+        planned = asked * len(self.model) * len(LANCZOS_STEPS)
         compares = args.clip or args.deployed != "exact"
         probability = args.failure_probability / (2 if compares else 1) / distributed.processes()
         seed = None if args.certificate_seed is None else args.certificate_seed + 2 * distributed.rank()
         self.norms = ProvenNorms(probability, planned, seed=seed, deployed=args.deployed)
-        self.decided = [0] * (len(STAGES) + 1)
+        self.last = Dense.of(self.model[-1], len(self.model) - 1)
+        self.decided = [0] * (len(LANCZOS_STEPS) + 1)
         # What --clip gains and --deployed costs is measured beside the certificate without them.
         self.plain_norms: ProvenNorms | None = None
         self.plain_certified = 0
@@ -109,24 +113,24 @@ class Proven:
         proof = prove(self.model, x.double(), y, self.args.epsilon, self.norms, self.clip)
         if self.plain_norms is not None:
             plain = prove(self.model, x.double(), y, self.args.epsilon, self.plain_norms)
-            self.plain_certified += int((plain.margin > 0).sum())
+            self.plain_certified += int((plain.worst_margin > 0).sum())
         open_to_the_end = proof.decided.pop()
         for stage, count in enumerate(proof.decided):
             self.decided[stage] += count
         self.decided[-1] += open_to_the_end
         return {
             "margin": worst_margin(proof.logits, y),
-            "worst_margin": proof.margin,
-            "local_bound": proof.local_lipschitz,
-            "global_bound": proof.global_lipschitz.expand(len(x)),
-            "global_radius": global_radius(self.model, proof.logits, y, proof.global_lipschitz),
+            "worst_margin": proof.worst_margin,
+            "local_bound": proof.hidden_lipschitz,
+            "global_bound": proof.global_hidden_lipschitz.expand(len(x)),
+            "global_radius": global_radius(proof.logits, y, self.last, proof.global_hidden_lipschitz),
             "eliminated_rows": proof.eliminated[0],
             "eliminated_columns": proof.eliminated[1],
         }
 
     def at(self, x: Tensor, y: Tensor, epsilon: float) -> Tensor:
         """Certified (N,) at another radius."""
-        return prove(self.model, x.double(), y, epsilon, self.norms, self.clip).margin > 0
+        return prove(self.model, x.double(), y, epsilon, self.norms, self.clip).worst_margin > 0
 
     def describe(self) -> dict[str, Any]:
         """For the summary, of all processes together; `seed` lists theirs if there are several."""
@@ -138,7 +142,7 @@ class Proven:
             "seed": seeds[0] if len(seeds) == 1 else seeds,
             "deployed": self.args.deployed,
             "clip": self.args.clip,
-            "lanczos_steps": list(STAGES),
+            "lanczos_steps": list(LANCZOS_STEPS),
             "decided": [sum(counts) for counts in zip(*distributed.gather(self.decided))],
             "certified_plain": None if self.plain_norms is None else plain_certified,
         }
@@ -151,12 +155,3 @@ class Proven:
 def clip_range(args: argparse.Namespace) -> tuple[float, float] | None:
     """Pixel values of a valid image, if the attacker is bound to them."""
     return (0.0, 1.0) if args.clip else None
-
-
-def global_radius(model: nn.Sequential, logits: Tensor, y: Tensor, lipschitz: Tensor) -> Tensor:
-    """Radius (N,) up to which the global bound alone certifies: the smallest margin over ||w_y - w_j|| times it."""
-    weight = model[-1].weight
-    margins = logits.gather(1, y[:, None]) - logits  # (N, K)
-    slopes = (weight[y].unsqueeze(1) - weight).norm(dim=2) * lipschitz
-    radii = (margins / slopes).scatter(1, y[:, None], torch.inf)
-    return radii.amin(dim=1).clamp(min=0)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import distributed
-from data_load import ImageSet
 from locallip.evaluation.attacks import PGD_CURVE_STEPS, PGD_STEPS, pgd, right
 from locallip.evaluation.certificates import Estimate, Proven
 from locallip.evaluation.outcome import CERTIFIED_MULTIPLES, PGD_MULTIPLES, Outcome
+from locallip.images import ImageSet
 
 
 def evaluate(

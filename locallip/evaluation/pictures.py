@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-import utils
 from locallip.evaluation.outcome import CERTIFIED_MULTIPLES, PGD_MULTIPLES, Outcome
 from locallip.evaluation.summary import ratio
+from locallip.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +45,7 @@ def drawing(path: Path, height: float = 4.2) -> Iterator[Axes]:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25, linewidth=0.6)
         axes.set_axisbelow(True)
-        utils.write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
 
 def _import_matplotlib() -> ModuleType:

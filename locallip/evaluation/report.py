@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import utils
 from locallip.evaluation import pictures
 from locallip.evaluation.outcome import Outcome
-from utils import InputError
+from locallip.files import InputError, exists, write_atomically, write_csv
 
 # How each is drawn, and its height in inches.
 _PICTURES = {
@@ -25,7 +24,7 @@ def refuse_existing(file: Path, overwrite: bool) -> None:
     Raises:
         InputError: if it exists and `overwrite` is False.
     """
-    if not overwrite and utils.exists(file):
+    if not overwrite and exists(file):
         raise InputError(f"{file.parent} has a report already; choose another --out, or --overwrite")
 
 
@@ -36,9 +35,9 @@ def write(folder: Path, outcome: Outcome, summary: dict) -> list[Path]:
     PGD and certified accuracy over the radius, local_over_global.png the histogram of the two Lipschitz bounds' ratio,
     eliminated.png the share of rows and columns that the ball switches off, layer by layer.
     """
-    utils.write_csv(folder / "images.csv", _image_rows(outcome))
+    write_csv(folder / "images.csv", _image_rows(outcome))
     text = json.dumps(summary, indent=2) + "\n"
-    utils.write_atomically(folder / "summary.json", lambda temporary: temporary.write_text(text))
+    write_atomically(folder / "summary.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
     for name, (picture, height) in _PICTURES.items():
         with pictures.drawing(folder / name, height) as axes:
             picture(axes, outcome, summary["epsilon"])

@@ -15,7 +15,7 @@ import numpy as np
 
 import utils
 from locallip.evaluation import pictures
-from utils import InputError
+from locallip.files import InputError, run_script, write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,7 +77,7 @@ def table(results: Path) -> str:
     for row in ROWS:
         paths = [results / row.job / kind / "summary.json" for kind in ("proven", "estimate")]
         try:
-            summaries = [json.loads(path.read_text()) for path in paths if path.is_file()]
+            summaries = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
             found = _table_cells(row, summaries, read_epochs(results / row.job))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"a summary.json below {results / row.job} is damaged: {error!r}") from None
@@ -152,7 +152,7 @@ def read_epochs(folder: Path) -> list[dict[str, float]]:
     if not path.is_file():
         return []
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             return [{name: float(row[name]) for name in _LOGGED} for row in csv.DictReader(file)]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no training log: {error!r}") from None
@@ -163,7 +163,7 @@ def main() -> None:
     text = "Put all summaries below results/ into the table of the README, and draw results/JOB/epochs.csv."
     utils.ArgumentParser(text).parse_args()
     readme = ROOT / "README.md"
-    text = readme.read_text()
+    text = readme.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise InputError(f"{readme} has no lines '{BEGIN}' and '{END}'")
     before, _, rest = text.partition(BEGIN)
@@ -174,9 +174,11 @@ def main() -> None:
         if epochs:
             with pictures.drawing(ROOT / "results" / row.job / "training.png") as axes:
                 pictures.training(axes, epochs, row)
-    utils.write_atomically(readme, lambda temporary: temporary.write_text(f"{before}{BEGIN}\n{new}\n{END}{after}"))
+    write_atomically(
+        readme, lambda temporary: temporary.write_text(f"{before}{BEGIN}\n{new}\n{END}{after}", encoding="utf-8")
+    )
     print(new)
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)
