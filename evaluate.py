@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -21,7 +23,9 @@ from locallip.evaluation import report
 from locallip.evaluation.certificates import Estimate, Proven
 from locallip.evaluation.evaluation import evaluate
 from locallip.evaluation.outcome import Outcome
-from locallip.evaluation.summary import as_text, summarize
+from locallip.evaluation.plan import Plan
+from locallip.evaluation.summary import as_text, summarize, versions
+from locallip.evaluation.unfinished import Unfinished, begin, images_sha256, source_sha256
 from utils import InputError
 
 
@@ -45,11 +49,17 @@ def arguments(defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
         "folder for the report: a CSV row per image, summary.json and pictures; below it, proven/ and estimate/ of both"
     )
     flag("--out", type=utils.path, help=out)
-    flag("--overwrite", action="store_true", help="replace a report that --out has already")
+    resume = "go on with the evaluation that was stopped before it could write its report to --out"
+    flag("--resume", action="store_true", help=resume)
+    flag("--overwrite", action="store_true", help="replace a report, or an unfinished one, that --out has already")
     parser.set_defaults(**(defaults or {}))
     args = parser.parse_args()
     if args.certificate == "estimate" and (args.deployed != "exact" or args.certificate_seed is not None):
         raise InputError("--deployed and --certificate_seed belong to a proven certificate, not to an estimate")
+    if args.resume and args.overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
+    if args.resume and not args.out:
+        raise InputError("--resume needs the --out of the evaluation that was stopped")
     return args
 
 
@@ -120,26 +130,47 @@ def _evaluate_checkpoint(args: argparse.Namespace) -> dict[str, Outcome]:
     both = args.certificate == "both"
     kinds = ["proven", "estimate"] if both else [args.certificate]
     folders = [Path(args.out) / kind if both else Path(args.out) for kind in kinds if args.out]
-    for folder in folders if distributed.is_main() else []:
-        utils.check_writable(folder)
-        report.refuse_existing(folder / "summary.json", args.overwrite)
-
-    torch.manual_seed(args.seed + distributed.rank())
+    run = distributed.share(_begin(args, path, images, folders) if distributed.is_main() else None)
+    unfinished = Unfinished(Path(args.out), run, distributed.share(time.time_ns())) if args.out else None
     started = time.perf_counter()
-    own = len(distributed.shard(images))
-    certificates = [Proven(model, args, own) if kind == "proven" else Estimate(model, args) for kind in kinds]
-    outcomes = evaluate(model, images, args, certificates)
-    certified_by = [certificate.describe() for certificate in certificates]
-    if not distributed.is_main():
-        return {}
-    seconds = time.perf_counter() - started
-    for number, (outcome, how) in enumerate(zip(outcomes, certified_by)):
-        summary = summarize(outcome, args, path, checkpoint.get("arguments"), how, seconds)
-        print(as_text(summary))
-        if args.out:
-            for written in report.write(folders[number], outcome, summary):
-                print(written)
-    return dict(zip(kinds, outcomes))
+
+    questions = Plan.of(args, len(images)).questions()
+    certificates = [
+        Proven(model, args, questions, run["seed"]) if kind == "proven" else Estimate(model, args) for kind in kinds
+    ]
+    found = evaluate(model, images, args, certificates, unfinished)
+    if distributed.is_main():
+        seconds = unfinished.seconds() if unfinished else time.perf_counter() - started
+        begun_with = argparse.Namespace(**run["arguments"])
+        for number, (part, certificate) in enumerate(zip(found, certificates)):
+            how = certificate.describe(part.counts)
+            summary = summarize(part.outcome, begun_with, path, checkpoint.get("arguments"), how, seconds)
+            print(as_text(summary))
+            if args.out:
+                for written in report.write(folders[number], part.outcome, summary):
+                    print(written)
+    distributed.gather(None)  # the report is written
+    if unfinished:
+        unfinished.discard()
+    return {kind: part.outcome for kind, part in zip(kinds, found)} if distributed.is_main() else {}
+
+
+def _begin(args: argparse.Namespace, checkpoint: Path, images: ImageSet, folders: list[Path]) -> dict[str, Any]:
+    """The run: all that its findings depend on. An earlier one where --resume goes on with it."""
+    flags = {name: value for name, value in vars(args).items() if name != "resume"}
+    run = {
+        "arguments": flags,
+        "seed": secrets.randbits(128) if args.certificate_seed is None else args.certificate_seed,
+        "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "images": images_sha256(images),
+        "code": source_sha256(),
+        "versions": versions(),
+        "device": images.labels.device.type,
+    }
+    if not args.out:
+        return run
+    batches = len(Plan.of(args, len(images)))
+    return begin(Path(args.out), folders, run, batches, args.certificate_seed, args.resume, args.overwrite)
 
 
 def _complain_of_broken_certificates(outcome: Outcome, kind: str) -> bool:

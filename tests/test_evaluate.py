@@ -35,7 +35,8 @@ def test_curves_are_made_of_the_first_images_in_whole_batches(wanted, known, dig
     command_line(*TINY, *small, "--saved_model", "net", "--out", tmp_path)
     args = evaluate.arguments()
     certificate = Estimate(tiny_net, args)
-    (outcome,) = evaluate.evaluate(tiny_net.requires_grad_(False), digits[False][:60], args, [certificate])
+    (found,) = evaluate.evaluate(tiny_net.requires_grad_(False), digits[False][:60], args, [certificate])
+    outcome = found.outcome
     for curve in (outcome.pgd_over_radius, outcome.certified_over_radius):
         assert np.isnan(curve).any(axis=1).tolist() == [False] * known + [True] * (60 - known)
 
@@ -54,7 +55,7 @@ def test_the_estimate_in_stages_certifies_what_all_iterations_for_all_images_wou
         for epsilon in (5e-4, 2e-3, 5e-3):
             args.epsilon = epsilon
             with torch.no_grad():
-                answer = certificate(x, y)
+                answer, _ = certificate(x, y)
                 bound = propagate(tiny_net, x, epsilon, PowerIteration(100, seed=1))
                 everything = worst_margin(worst_logits(bound, y, 1000), y)
             found, clear = answer["worst_margin"] > 0, everything.abs() > 1e-6
@@ -70,7 +71,7 @@ def test_a_misclassified_image_is_asked_about_once(digits, args, tiny_net, monke
     x, _, _ = next(digits[False][:50].batches(50))
     with torch.no_grad():
         wrong = (tiny_net(x).argmax(dim=1) + 1) % 10
-        assert not (Estimate(tiny_net, args)(x, wrong)["worst_margin"] > 0).any()
+        assert not (Estimate(tiny_net, args)(x, wrong)[0]["worst_margin"] > 0).any()
     assert asked == [50]
 
 

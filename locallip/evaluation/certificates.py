@@ -6,17 +6,17 @@ import argparse
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-import distributed
-from locallip.bound.operators import Dense
+from locallip.bound.operators import Dense, Position
 from locallip.bound.power_iteration import PowerIteration
 from locallip.bound.proof import LANCZOS_STEPS, eliminated, prove
 from locallip.bound.proven_norms import ProvenNorms
 from locallip.bound.walk import propagate
 from locallip.bound.worst_case import global_radius, worst_logits, worst_margin
-from locallip.evaluation.outcome import CERTIFIED_MULTIPLES
+from locallip.evaluation.plan import seed_of
 
 
 class Estimate:
@@ -29,19 +29,15 @@ class Estimate:
 
     def __init__(self, model: nn.Sequential, args: argparse.Namespace):
         self.model, self.args, self.clip = model, args, clip_range(args)
-        self.norms = PowerIteration(args.test_sniter, seed=args.seed, skip_idle_masks=True)
+        self.global_vectors: dict[Position, Tensor] = {}
 
-    def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """What is known about a batch at epsilon."""
+    def __call__(self, x: Tensor, y: Tensor, place: int = 0) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+        """What is known about a batch at epsilon, image by image and in counts. place: of the batch in the set."""
+        self._restart(x, place)
         many, few = self.args.test_sniter, max(1, self.args.test_sniter // 100)
         known: dict[str, Tensor] = {}
         still_open = torch.arange(len(x), device=x.device)
-        # The global norms of the first batch's many iterations start those of all others.
-        for local_positions, iterations in (
-            ([], few if self.norms.global_vectors else many),
-            (None, few),
-            (None, many),
-        ):
+        for local_positions, iterations in (([], few), (None, few), (None, many)):
             self.norms.local_positions, self.norms.iterations = local_positions, iterations
             self.norms.local_vectors = {}
             found = self._ask(x[still_open], y[still_open])
@@ -52,7 +48,16 @@ class Estimate:
             still_open = still_open[certified if local_positions is None else failed & (found["margin"] > 0)]
             if not len(still_open):
                 break
-        return known
+        return known, {}
+
+    def _restart(self, x: Tensor, place: int) -> None:
+        """Start from the singular vectors of the whole layers, and from nothing of other batches."""
+        if not self.global_vectors:
+            whole = PowerIteration(self.args.test_sniter, seed=self.args.seed, local_positions=[])
+            propagate(self.model, x[:1], self.args.epsilon, whole)
+            self.global_vectors = whole.global_vectors
+        seed = seed_of(self.args.seed, place)
+        self.norms = PowerIteration(1, global_vectors=self.global_vectors, seed=seed, skip_idle_masks=True)
 
     def _ask(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         bound = propagate(self.model, x, self.args.epsilon, self.norms, self.clip)
@@ -74,50 +79,48 @@ class Estimate:
         bound = propagate(self.model, x, epsilon, self.norms, self.clip)
         return worst_margin(worst_logits(bound, y, self.args.test_opt_iter), y) > 0
 
-    def describe(self) -> dict[str, Any]:
-        """For the summary."""
+    def describe(self, counts: dict[str, np.ndarray]) -> dict[str, Any]:
+        """For the summary, from the counts of all batches."""
         return {"kind": "estimate", "power_iterations": self.args.test_sniter, "clip": self.args.clip}
 
-    def progress(self) -> dict[str, int]:
+    @staticmethod
+    def progress(counts: dict[str, np.ndarray]) -> dict[str, int]:
         """For the progress bar."""
         return {}
 
 
 class Proven:
-    """Upper bounds on all norms, in float64, with rounding allowed for (see `proven_norm`).
+    """Upper bounds on all norms, in float64, with rounding allowed for (see `locallip.bound.proven_norms`).
 
-    images: how many this process will ask about. Every process has an equal share of the failure probability, and
-    random vectors of its own.
+    The failure probability is that of the whole run, by however many processes and starts: all of them plan for the
+    same questions, each of which is asked by one of them.
+
+    questions: how many times it is asked about an image at a radius, by all processes. seed: of the start vectors.
     """
 
-    def __init__(self, model: nn.Sequential, args: argparse.Namespace, images: int):
-        self.model, self.args, self.clip = copy.deepcopy(model).double(), args, clip_range(args)
-        asked = images + len(CERTIFIED_MULTIPLES) * (
-            min(images, args.curve_images + args.test_batch_size) if args.out else 0
-        )
-        planned = asked * len(self.model) * len(LANCZOS_STEPS)
-        compares = args.clip or args.deployed != "exact"
-        probability = args.failure_probability / (2 if compares else 1) / distributed.processes()
-        seed = None if args.certificate_seed is None else args.certificate_seed + 2 * distributed.rank()
-        self.norms = ProvenNorms(probability, planned, seed=seed, deployed=args.deployed)
+    def __init__(self, model: nn.Sequential, args: argparse.Namespace, questions: int, seed: int):
+        self.model, self.args, self.clip, self.seed = copy.deepcopy(model).double(), args, clip_range(args), seed
         self.last = Dense.of(self.model[-1], len(self.model) - 1)
-        self.decided = [0] * (len(LANCZOS_STEPS) + 1)
+        planned = questions * len(self.model) * len(LANCZOS_STEPS)
+        compares = args.clip or args.deployed != "exact"
+        probability = args.failure_probability / (2 if compares else 1)
+        self.norms = ProvenNorms(probability, planned, seed=seed, deployed=args.deployed)
         # What --clip gains and --deployed costs is measured beside the certificate without them.
-        self.plain_norms: ProvenNorms | None = None
-        self.plain_certified = 0
-        if compares:
-            self.plain_norms = ProvenNorms(probability, planned, seed=None if seed is None else seed + 1)
+        self.plain_norms = ProvenNorms(probability, planned, seed=seed + 1) if compares else None
+        self.knows_whole_norms = False
 
-    def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """What is known about a batch at epsilon."""
-        proof = prove(self.model, x.double(), y, self.args.epsilon, self.norms, self.clip)
+    def __call__(self, x: Tensor, y: Tensor, place: int = 0) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+        """What is known about a batch at epsilon, image by image and in counts. place: of the batch in the set."""
+        x = x.double()
+        self._restart(x, place)
+        proof = prove(self.model, x, y, self.args.epsilon, self.norms, self.clip)
+        decided = np.zeros(len(LANCZOS_STEPS) + 1, int)
+        *stages, decided[-1] = proof.decided
+        decided[: len(stages)] = stages
+        counts = {"decided": decided}
         if self.plain_norms is not None:
-            plain = prove(self.model, x.double(), y, self.args.epsilon, self.plain_norms)
-            self.plain_certified += int((plain.worst_margin > 0).sum())
-        open_to_the_end = proof.decided.pop()
-        for stage, count in enumerate(proof.decided):
-            self.decided[stage] += count
-        self.decided[-1] += open_to_the_end
+            plain = prove(self.model, x, y, self.args.epsilon, self.plain_norms)
+            counts["certified_plain"] = (plain.worst_margin > 0).sum(dim=0, keepdim=True).cpu().numpy()
         return {
             "margin": worst_margin(proof.logits, y),
             "worst_margin": proof.worst_margin,
@@ -126,30 +129,38 @@ class Proven:
             "global_radius": global_radius(proof.logits, y, self.last, proof.global_hidden_lipschitz),
             "eliminated_rows": proof.eliminated[0],
             "eliminated_columns": proof.eliminated[1],
-        }
+        }, counts
+
+    def _restart(self, x: Tensor, place: int) -> None:
+        """Draw the batch's random numbers; those of the whole norms, which all batches share, come before all."""
+        for norms in filter(None, (self.norms, self.plain_norms)):
+            if not self.knows_whole_norms:
+                norms.restart(0)
+                propagate(self.model, x[:1], 0.0, norms.with_steps(0))
+            norms.restart(1 + place)
+        self.knows_whole_norms = True
 
     def at(self, x: Tensor, y: Tensor, epsilon: float) -> Tensor:
         """Certified (N,) at another radius."""
         return prove(self.model, x.double(), y, epsilon, self.norms, self.clip).worst_margin > 0
 
-    def describe(self) -> dict[str, Any]:
-        """For the summary, of all processes together; `seed` lists theirs if there are several."""
-        seeds = distributed.gather(self.norms.seed)
-        plain_certified = sum(distributed.gather(self.plain_certified))
+    def describe(self, counts: dict[str, np.ndarray]) -> dict[str, Any]:
+        """For the summary, from the counts of all batches."""
         return {
             "kind": "proven",
             "failure_probability": self.args.failure_probability,
-            "seed": seeds[0] if len(seeds) == 1 else seeds,
+            "seed": self.seed,
             "deployed": self.args.deployed,
             "clip": self.args.clip,
             "lanczos_steps": list(LANCZOS_STEPS),
-            "decided": [sum(counts) for counts in zip(*distributed.gather(self.decided))],
-            "certified_plain": None if self.plain_norms is None else plain_certified,
+            "decided": counts["decided"].tolist(),
+            "certified_plain": None if self.plain_norms is None else int(counts["certified_plain"].item()),
         }
 
-    def progress(self) -> dict[str, int]:
+    @staticmethod
+    def progress(counts: dict[str, np.ndarray]) -> dict[str, int]:
         """For the progress bar."""
-        return {"decided": sum(self.decided[:-1]), "undecided": self.decided[-1]}
+        return {"decided": int(counts["decided"][:-1].sum()), "undecided": int(counts["decided"][-1])}
 
 
 def clip_range(args: argparse.Namespace) -> tuple[float, float] | None:

@@ -13,30 +13,45 @@ from tqdm import tqdm
 import distributed
 from locallip.evaluation.attacks import PGD_CURVE_STEPS, PGD_STEPS, pgd, right
 from locallip.evaluation.certificates import Estimate, Proven
-from locallip.evaluation.outcome import CERTIFIED_MULTIPLES, PGD_MULTIPLES, Outcome
+from locallip.evaluation.outcome import CERTIFIED_MULTIPLES, PGD_MULTIPLES, Findings, Outcome
+from locallip.evaluation.plan import Plan, seed_of
+from locallip.evaluation.unfinished import Unfinished
 from locallip.images import ImageSet
 
 
 def evaluate(
-    model: nn.Sequential, images: ImageSet, args: argparse.Namespace, certificates: Sequence[Estimate | Proven]
-) -> list[Outcome]:
-    """Evaluate a model in eval mode on all images, as `args` say; both on one device. One outcome per certificate.
+    model: nn.Sequential,
+    images: ImageSet,
+    args: argparse.Namespace,
+    certificates: Sequence[Estimate | Proven],
+    unfinished: Unfinished | None = None,
+) -> list[Findings]:
+    """Evaluate a model in eval mode on all images, as `args` say; both on one device. Findings by each certificate.
 
-    Several processes share the images out among them, and each returns the outcomes of all.
+    Several processes share the batches out among them, and each returns the findings of all.
+
+    unfinished: where batches that are done are kept, and where those of earlier starts are; None: nowhere.
     """
-    own, parts, done = distributed.shard(images), [], 0
+    plan = Plan.of(args, len(images))
+    known = {} if unfinished is None else unfinished.read(len(certificates))
+    seen = distributed.gather(set(known))
+    # Each batch has one process to answer for it: the first that has it on its disk, or the one that works it out.
+    found = {place: known[place] for place in known.keys() - set().union(*seen[: distributed.rank()])}
+    still_open = [place for place in range(len(plan)) if not any(place in places for places in seen)]
     quiet = None if distributed.is_main() else True
-    with tqdm(total=len(own), unit="image", disable=quiet, dynamic_ncols=True) as bar:
-        for x, y, _ in own.batches(args.test_batch_size):
-            curve = bool(args.out) and done * distributed.processes() < args.curve_images
-            parts.append(evaluate_batch(model, x, y, args, certificates, curve))
-            done += len(x)
+    own = still_open[distributed.rank() :: distributed.processes()]
+    done, to_do = (sum(map(plan.size, places)) for places in (known, own))
+    with tqdm(total=done + to_do, initial=done, unit="image", disable=quiet, dynamic_ncols=True) as bar:
+        for place in own:
+            x, y, _ = next(images[plan.span(place)].batches(plan.batch_size))
+            found[place] = evaluate_batch(model, x, y, args, certificates, place, plan.has_curve(place))
+            if unfinished is not None:
+                unfinished.keep(place, found[place])
             bar.update(len(x))
-            bar.set_postfix(certificates[0].progress())
-    # The parts of the processes one after the other, then every image in its place.
-    parts = [part for of_process in distributed.gather(parts) for part in of_process]
-    order = np.argsort(np.concatenate(distributed.places(len(images))))
-    return [Outcome.concatenate(of_certificate).take(order) for of_certificate in zip(*parts)]
+            bar.set_postfix(certificates[0].progress(Findings.total([parts[0] for parts in found.values()])))
+    everything = {place: parts for of_process in distributed.gather(found) for place, parts in of_process.items()}
+    in_order = [everything[place] for place in range(len(plan))]
+    return [Findings.concatenate(list(of_certificate)) for of_certificate in zip(*in_order)]
 
 
 def evaluate_batch(
@@ -45,9 +60,14 @@ def evaluate_batch(
     y: Tensor,
     args: argparse.Namespace,
     certificates: Sequence[Estimate | Proven],
+    place: int = 0,
     curve: bool = False,
-) -> list[Outcome]:
-    """Everything about one batch, for each certificate. x: (N, C, H, W), y: (N,). curve: also at the other radii."""
+) -> list[Findings]:
+    """Everything about one batch, by each certificate. x: (N, C, H, W), y: (N,).
+
+    place: of the batch in the set, which its random numbers depend on. curve: also at the other radii.
+    """
+    torch.manual_seed(seed_of(args.seed, place))
 
     def survives(places: Tensor, multiple: float) -> Tensor:
         steps = PGD_STEPS if multiple == 1 else PGD_CURVE_STEPS
@@ -66,22 +86,28 @@ def evaluate_batch(
         "pgd": survived.cpu().numpy(),
         "pgd_over_radius": over_radius(clean, survived, survives, PGD_MULTIPLES, curve),
     }
-    return [Outcome(**attacked, **_certified(x, y, args, certificate, curve)) for certificate in certificates]
+    return [_findings(attacked, x, y, args, certificate, place, curve) for certificate in certificates]
 
 
 @torch.no_grad()
-def _certified(
-    x: Tensor, y: Tensor, args: argparse.Namespace, certificate: Estimate | Proven, curve: bool
-) -> dict[str, np.ndarray]:
+def _findings(
+    attacked: dict[str, np.ndarray],
+    x: Tensor,
+    y: Tensor,
+    args: argparse.Namespace,
+    certificate: Estimate | Proven,
+    place: int,
+    curve: bool,
+) -> Findings:
     def certifies(places: Tensor, multiple: float) -> Tensor:
         return certificate.at(x[places], y[places], multiple * args.epsilon)
 
-    found = certificate(x, y)
+    found, counts = certificate(x, y, place)
     found["certified"] = found["worst_margin"] > 0
     known = found["margin"] > 0, found["certified"]
     certified_over_radius = over_radius(*known, certifies, CERTIFIED_MULTIPLES, curve)
     columns = {name: column.cpu().numpy() for name, column in found.items()}
-    return columns | {"certified_over_radius": certified_over_radius}
+    return Findings(Outcome(**attacked, **columns, certified_over_radius=certified_over_radius), counts)
 
 
 def ask(asked: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:

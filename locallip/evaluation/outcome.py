@@ -40,3 +40,31 @@ class Outcome:
     def take(self, order: np.ndarray) -> Outcome:
         """The images at these places."""
         return Outcome(**{f.name: getattr(self, f.name)[order] for f in fields(Outcome)})
+
+
+@dataclass
+class Findings:
+    """What an evaluation found by one certificate: image by image, and counts of all images together."""
+
+    outcome: Outcome
+    counts: dict[str, np.ndarray]  # (K,) int each
+
+    @staticmethod
+    def concatenate(parts: list[Findings]) -> Findings:
+        """The findings on a whole set from those on its batches."""
+        return Findings(Outcome.concatenate([part.outcome for part in parts]), Findings.total(parts))
+
+    @staticmethod
+    def total(parts: list[Findings]) -> dict[str, np.ndarray]:
+        """The counts of all parts together."""
+        return {name: sum(part.counts[name] for part in parts) for name in parts[0].counts}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything by name, for a file."""
+        return vars(self.outcome) | {f"counts.{name}": values for name, values in self.counts.items()}
+
+    @staticmethod
+    def of_arrays(arrays: dict[str, np.ndarray]) -> Findings:
+        """The inverse of `arrays`."""
+        counts = {name.removeprefix("counts."): v for name, v in arrays.items() if name.startswith("counts.")}
+        return Findings(Outcome(**{f.name: arrays[f.name] for f in fields(Outcome)}), counts)
