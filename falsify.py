@@ -13,41 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 import evaluate
-import report
 import utils
 from local_bound import propagate, prove
-from locallip.bound.proof import LANCZOS_STEPS
-from locallip.bound.proven_norms import ProvenNorms
-
-
-def attack_labels(model: nn.Sequential, x: Tensor, y: Tensor, epsilon: float, restarts: int) -> Tensor:
-    """Whether PGD changes the label, from any of so many random starts: (N,) bool. model and x in one precision."""
-    fallen = torch.zeros_like(y, dtype=torch.bool)
-    for _ in range(restarts):
-        fallen |= ~evaluate.right(model(evaluate.pgd(model, x, y, epsilon)), y)
-    return fallen
-
-
-def attack_slopes(hidden: nn.Sequential, x: Tensor, epsilon: float, steps: int) -> Tensor:
-    """The steepest slope from x that gradient ascent finds inside the ball: (N,). hidden, x: float64."""
-    shape = (-1, *[1] * (x.dim() - 1))
-    center = hidden(x)
-    step = torch.randn_like(x)
-    step = step * (epsilon / 2 / step.flatten(1).norm(dim=1)).view(shape)
-    steepest = x.new_zeros(len(x))
-    for _ in range(steps):
-        step = step.detach().requires_grad_()
-        slope = (hidden(x + step) - center).norm(dim=1) / step.flatten(1).norm(dim=1)
-        (gradient,) = torch.autograd.grad(slope.sum(), step)
-        steepest = torch.maximum(steepest, slope.detach().nan_to_num())
-        length = gradient.flatten(1).norm(dim=1).clamp(min=1e-30)
-        step = step.detach() + gradient * (epsilon / 5 / length).view(shape)
-        step = step * (epsilon / step.flatten(1).norm(dim=1).clamp(min=1e-30)).clamp(max=1).view(shape)
-    return steepest
+from locallip.bound.proof import LANCZOS_STEPS, proven_norms
+from locallip.evaluation import pictures
+from locallip.evaluation.attacks import attack_labels, attack_slopes
+from locallip.evaluation.report import refuse_existing
 
 
 def main() -> None:
@@ -64,10 +38,10 @@ def main() -> None:
         raise utils.InputError("there is nothing to attack at --epsilon 0")
     if args.out:
         utils.check_writable(Path(args.out))
-        report.refuse_existing(Path(args.out) / "attacks.csv", args.overwrite)
+        refuse_existing(Path(args.out) / "attacks.csv", args.overwrite)
     torch.manual_seed(args.seed)
     exact = copy.deepcopy(model).double()
-    norms = ProvenNorms(args.failure_probability, len(images) * len(model) * (len(LANCZOS_STEPS) + 1))
+    norms = proven_norms(exact, images[:1].images / 255.0, len(images), args.failure_probability, radii=2)
     print(f"seed of the certificates: {norms.seed}")
     found = {"local_bound": [], "global_bound": [], "slope": [], "fallen": []}
     with tqdm(total=len(images), unit="image", disable=None, dynamic_ncols=True) as bar:
@@ -78,9 +52,8 @@ def main() -> None:
             x, y = x[certified], y[certified]
             if not len(x):
                 continue
-            norms.steps = LANCZOS_STEPS[2]
             with torch.no_grad():
-                bound = propagate(exact, x, args.epsilon, norms)
+                bound = propagate(exact, x, args.epsilon, norms.with_steps(LANCZOS_STEPS[2]))
             found["fallen"].append(attack_labels(exact, x, y, args.epsilon, args.restarts))
             found["slope"].append(attack_slopes(exact[:-1], x, args.epsilon, args.slope_steps))
             found["local_bound"].append(bound.hidden_lipschitz)
@@ -108,7 +81,9 @@ def finish(columns: dict[str, np.ndarray], images: int, epsilon: float, restarts
         rows = [{name: values[i] for name, values in columns.items()} for i in range(count)]
         utils.write_csv(folder / "attacks.csv", rows, list(columns))
         picture = folder / "bounds_and_slopes.png"
-        report.bounds_and_slopes(columns["global_bound"], columns["local_bound"], columns["slope"], epsilon, picture)
+        with pictures.drawing(picture) as axes:
+            bounds = columns["global_bound"], columns["local_bound"]
+            pictures.bounds_and_slopes(axes, *bounds, columns["slope"], epsilon)
         print(picture)
     if broken.any():
         print(f"BROKEN CERTIFICATE: {broken.sum()} proven certificates fell; please report this", file=sys.stderr)

@@ -95,7 +95,7 @@ case $job in
     falsify) need_prefix "$@"; set_up; "$PYTHON" falsify.py --out results/falsify --saved_model "$@" ;;
     bench) set_up; "$PYTHON" benchmarks/training_step.py "$@" ;;
     bench-proof) need_prefix "$@"; set_up; "$PYTHON" benchmarks/certification.py --saved_model "$@" ;;
-    table) set_up; "$PYTHON" report.py "$@" ;;
+    table) set_up; "$PYTHON" -m locallip.evaluation.table "$@" ;;
 
     # The 4C3F nets start with thresholds at 1, as in the authors' runs, whose code ignored --init (README, deviation 7).
     mnist-4c3f) set_up; train mnist --model relux --sniter 5 --init 1.0 --epsilon_train 1.75 --gloro --no_augmentation \

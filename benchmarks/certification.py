@@ -23,8 +23,21 @@ import evaluate
 import utils
 from local_bound import propagate, prove
 from locallip.bound.power_iteration import PowerIteration
-from locallip.bound.proof import LANCZOS_STEPS, worst_logits, worst_margin
-from locallip.bound.proven_norms import ProvenNorms
+from locallip.bound.proof import proven_norms
+from locallip.bound.worst_case import worst_logits, worst_margin
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Make sure, before any work, that the figures can be written to `path` and replace none unasked.
+
+    Raises:
+        InputError: if they cannot, or if there is something of that name and `overwrite` is False.
+    """
+    if utils.exists(path) and path.is_dir():
+        raise utils.InputError(f"{path} is a folder; name a file with --json")
+    if not overwrite and utils.exists(path):
+        raise utils.InputError(f"{path} exists; choose another --json, or --overwrite")
+    utils.check_writable(path.parent)
 
 
 def timed(work: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor, float]:
@@ -49,12 +62,13 @@ def main() -> None:
     flag("--test_sniter", type=utils.positive_int, default=2000, help="power iterations of the published protocol")
     flag("--sample_batches", type=utils.positive_int, default=1, help="batches that the published protocol is timed on")
     flag("--json", type=utils.path, help="file for the figures")
+    flag("--overwrite", action="store_true", help="replace the file that --json names")
     args = parser.parse_args()
-    model, images, _, _ = evaluate.load(args)
     if args.json:
-        utils.check_writable(Path(args.json).parent)
+        refuse_existing(Path(args.json), args.overwrite)
+    model, images, _, _ = evaluate.load(args)
     exact, device = copy.deepcopy(model).double(), images.labels.device
-    norms = ProvenNorms(args.failure_probability, len(images) * len(model) * len(LANCZOS_STEPS))
+    norms = proven_norms(exact, images[:1].images / 255, len(images), args.failure_probability)
     batches = list(images.batches(args.test_batch_size))
     every = max(1, len(batches) // args.sample_batches)
     proven, estimated, proven_on_sample, seconds, published = 0, 0, 0, 0.0, []

@@ -33,14 +33,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 import utils
-from benchmarks.certification import timed
+from benchmarks.certification import refuse_existing, timed
 from data_load import DATA_SETS, channels_last
-from evaluate import global_radius
 from local_bound import propagate, prove
 from locallip.bound.fused import compile_activations
 from locallip.bound.power_iteration import PowerIteration
-from locallip.bound.proof import LANCZOS_STEPS
-from locallip.bound.proven_norms import ProvenNorms
+from locallip.bound.proof import proven_norms
+from locallip.bound.worst_case import global_radius
 from locallip.training.vectors import StoredVectors
 from training import Layout, RobustLoss, Step
 
@@ -161,11 +160,11 @@ def _process_bytes(entry: str) -> int:
 def certified_seconds(bench: Bench, count: int) -> float:
     """Seconds per 1,000 images to certify a fresh network, at the radius at which the global bound just fails."""
     model, x = copy.deepcopy(bench.model).double().eval(), bench.images[:count].double()
-    norms = ProvenNorms(1e-6, count * len(model) * len(LANCZOS_STEPS))
+    norms = proven_norms(model, x, count)
     norms.steps = 0
     bound = propagate(model, x, 0.0, norms)
     y = bound.logits.argmax(dim=1)
-    radius = 1.02 * global_radius(model, bound.logits, y, bound.global_hidden_lipschitz)
+    radius = 1.02 * global_radius(bound.logits, y, bound.last, bound.global_hidden_lipschitz)
     _, seconds = timed(lambda: prove(model, x, y, radius, norms).worst_margin, x.device)
     return 1000 * seconds / len(x)
 
@@ -229,10 +228,11 @@ def main() -> None:
     flag("--bfloat16", action="store_true", help="time steps with convolutions in bfloat16 too")
     flag("--certified_images", type=utils.positive_int, default=8, help="images that are certified")
     flag("--json", type=utils.path, default="results/bench/training_step.json", help="file for the figures")
+    flag("--overwrite", action="store_true", help="replace the file that --json names")
     options = parser.parse_args()
-    device = utils.select_device(options.device)
     path = Path(options.json)
-    utils.check_writable(path.parent)
+    refuse_existing(path, options.overwrite)
+    device = utils.select_device(options.device)
     if options.compile == "yes":
         compile_activations()
     results = []

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -28,9 +29,10 @@ class Answer:
     err: str
 
 
-def spawn(*command):
-    """Run Python on `command` as a process of its own, in the repository's folder."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+def spawn(*command, **environment):
+    """Run Python on `command` as a process of its own in the repository's folder, with these variables added."""
+    line, environment = [sys.executable, *map(str, command)], os.environ | environment
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
     return Answer(done.returncode, done.stdout, done.stderr)
 
 

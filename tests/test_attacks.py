@@ -11,6 +11,7 @@ from conftest import TINY, read_csv
 from torch import nn
 
 import falsify
+from locallip.evaluation.attacks import attack_labels, attack_slopes
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_a_certificate_that_falls_ends_with_a_shout(attack, monkeypatch):
     proof = falsify.prove
 
     def certify_everything(model, x, *rest):
-        return replace(proof(model, x, *rest), margin=torch.ones(len(x)))
+        return replace(proof(model, x, *rest), worst_margin=torch.ones(len(x)))
 
     monkeypatch.setattr(falsify, "prove", certify_everything)
     answer = attack("--epsilon", 5)
@@ -60,7 +61,7 @@ def test_there_is_nothing_to_attack_at_radius_zero(attack):
 def test_the_slope_attack_finds_the_norm_of_a_linear_map():
     torch.manual_seed(0)
     hidden = nn.Sequential(nn.Flatten(), nn.Linear(6, 4)).double()
-    found = falsify.attack_slopes(hidden, torch.rand(3, 1, 2, 3, dtype=torch.float64), 0.1, steps=200)
+    found = attack_slopes(hidden, torch.rand(3, 1, 2, 3, dtype=torch.float64), 0.1, steps=200)
     norm = torch.linalg.matrix_norm(hidden[1].weight, ord=2)
     assert (found <= norm * (1 + 1e-9)).all()
     assert (found > 0.99 * norm).all()
@@ -72,8 +73,8 @@ def test_the_label_attack_breaks_a_linear_net_just_beyond_its_margin():
     net[1].bias.data = torch.tensor([-0.7, 0.7], dtype=torch.float64)
     x = torch.tensor([[[[0.5, 0.5]]]], dtype=torch.float64)  # the classes meet where the first pixel is 0.7
     y = torch.tensor([1])
-    assert falsify.attack_labels(net, x, y, 0.21, restarts=2).all()
-    assert not falsify.attack_labels(net, x, y, 0.19, restarts=2).any()
+    assert attack_labels(net, x, y, 0.21, restarts=2).all()
+    assert not attack_labels(net, x, y, 0.19, restarts=2).any()
 
 
 def test_the_benchmark_prints_and_writes_both_costs(call, saved_net, tmp_path):
@@ -118,3 +119,22 @@ def test_the_step_benchmark_prints_and_writes_its_recipes(call, tmp_path):
         for kind in ("all", "idle skipped", "bfloat16"):
             ratio = recipe[kind]["milliseconds"] / recipe["plain"]["milliseconds"]
             assert math.isclose(recipe[kind]["over_plain"], ratio)
+
+
+@pytest.mark.parametrize("benchmark", ["certification", "training_step"])
+def test_a_benchmark_replaces_its_figures_only_when_asked(benchmark, call, saved_net, tmp_path):
+    path = tmp_path / "figures.json"
+    path.write_text("of a long run")
+    flags = {
+        "certification": [*TINY, "--saved_model", saved_net, "--epsilon", 0.01, "--images", 2, "--test_sniter", 2],
+        "training_step": ["--recipes", "mnist-4c3f", "--width", 0.05, "--repeats", 1, "--device", "cpu"],
+    }[benchmark]
+    answer = call(f"benchmarks.{benchmark}", *flags, "--json", path)
+    assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1)
+    assert "--overwrite" in answer.err
+    assert path.read_text() == "of a long run"
+    quick = ["--compile", "no", "--certified_images", 1] if benchmark == "training_step" else []
+    answer = call(f"benchmarks.{benchmark}", *flags, *quick, "--json", path, "--overwrite")
+    assert answer.code == 0, answer.err
+    assert json.loads(path.read_text())["torch"] == torch.__version__
+    assert [file.name for file in tmp_path.iterdir() if file.suffix == ".json"] == ["figures.json"]

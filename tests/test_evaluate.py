@@ -10,6 +10,8 @@ from conftest import TINY
 import evaluate
 from local_bound import propagate, worst_logits, worst_margin
 from locallip.bound.power_iteration import PowerIteration
+from locallip.evaluation.certificates import Estimate
+from locallip.evaluation.evaluation import over_radius
 
 MULTIPLES = [0.0, 0.5, 0.75, 1.0, 1.5, 2.0]
 
@@ -22,7 +24,7 @@ def test_only_open_images_are_asked_about():
         asked[multiple] = places.tolist()
         return radius[places] >= multiple
 
-    found = evaluate.over_radius(radius > 0, radius >= 1, answer, MULTIPLES)
+    found = over_radius(radius > 0, radius >= 1, answer, MULTIPLES)
     assert np.array_equal(found, (radius[:, None] >= torch.tensor(MULTIPLES)).numpy() & (radius > 0)[:, None].numpy())
     assert asked == {0.75: [1, 2], 0.5: [1, 2], 1.5: [3, 4, 5, 6], 2.0: [5, 6]}
 
@@ -32,8 +34,9 @@ def test_curves_are_made_of_the_first_images_in_whole_batches(wanted, known, dig
     small = ["--test_batch_size", 20, "--curve_images", wanted, "--epsilon", 1e-3, "--test_sniter", 2]
     command_line(*TINY, *small, "--saved_model", "net", "--out", tmp_path)
     args = evaluate.arguments()
-    certificate = evaluate.Estimate(tiny_net, args)
-    (outcome,) = evaluate.evaluate(tiny_net.requires_grad_(False), digits[False][:60], args, [certificate])
+    certificate = Estimate(tiny_net, args)
+    (found,) = evaluate.evaluate(tiny_net.requires_grad_(False), digits[False][:60], args, [certificate])
+    outcome = found.outcome
     for curve in (outcome.pgd_over_radius, outcome.certified_over_radius):
         assert np.isnan(curve).any(axis=1).tolist() == [False] * known + [True] * (60 - known)
 
@@ -45,14 +48,14 @@ def args(command_line, saved_net):
 
 
 def test_the_estimate_in_stages_certifies_what_all_iterations_for_all_images_would(digits, args, tiny_net):
-    certificate = evaluate.Estimate(tiny_net, args)
+    certificate = Estimate(tiny_net, args)
     certified = by_global_norms = images = 0
     for x, _, _ in digits[False][:60].batches(60):
         y = tiny_net(x).argmax(dim=1)  # an untrained net, right by definition
         for epsilon in (5e-4, 2e-3, 5e-3):
             args.epsilon = epsilon
             with torch.no_grad():
-                answer = certificate(x, y)
+                answer, _ = certificate(x, y)
                 bound = propagate(tiny_net, x, epsilon, PowerIteration(100, seed=1))
                 everything = worst_margin(worst_logits(bound, y, 1000), y)
             found, clear = answer["worst_margin"] > 0, everything.abs() > 1e-6
@@ -63,12 +66,12 @@ def test_the_estimate_in_stages_certifies_what_all_iterations_for_all_images_wou
 
 
 def test_a_misclassified_image_is_asked_about_once(digits, args, tiny_net, monkeypatch):
-    asked, ask = [], evaluate.Estimate._ask
-    monkeypatch.setattr(evaluate.Estimate, "_ask", lambda self, x, y: asked.append(len(x)) or ask(self, x, y))
+    asked, ask = [], Estimate._ask
+    monkeypatch.setattr(Estimate, "_ask", lambda self, x, y: asked.append(len(x)) or ask(self, x, y))
     x, _, _ = next(digits[False][:50].batches(50))
     with torch.no_grad():
         wrong = (tiny_net(x).argmax(dim=1) + 1) % 10
-        assert not (evaluate.Estimate(tiny_net, args)(x, wrong)["worst_margin"] > 0).any()
+        assert not (Estimate(tiny_net, args)(x, wrong)[0]["worst_margin"] > 0).any()
     assert asked == [50]
 
 

@@ -10,8 +10,10 @@ from conftest import ROOT, read_csv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import report
-from report import CERTIFIED_MULTIPLES, PGD_MULTIPLES, ROWS, Outcome, wilson_interval
+from locallip.evaluation import pictures, report, table
+from locallip.evaluation.outcome import CERTIFIED_MULTIPLES, PGD_MULTIPLES, Outcome
+from locallip.evaluation.summary import as_text, summarize, wilson_interval
+from locallip.evaluation.table import ROWS
 from utils import InputError
 
 examples = settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -90,16 +92,16 @@ def outcome():
 
 
 @pytest.fixture
-def summarize(tmp_path):
+def summary_of(tmp_path):
     """The summary of an outcome on a checkpoint that is four bytes long."""
     checkpoint = tmp_path / "net.pth"
     checkpoint.write_bytes(b"abcd")
 
-    def summarize(outcome, epsilon=0.3, training=None, certificate=ESTIMATE):
+    def summary_of(outcome, epsilon=0.3, training=None, certificate=ESTIMATE):
         args = argparse.Namespace(data="digits", epsilon=epsilon, device="cpu", out="results")
-        return report.summarize(outcome, args, checkpoint, training, certificate, 12.345)
+        return summarize(outcome, args, checkpoint, training, certificate, 12.345)
 
-    return summarize
+    return summary_of
 
 
 def refuse(token):
@@ -110,8 +112,8 @@ def read_json(path):
     return json.loads(path.read_text(), parse_constant=refuse)
 
 
-def test_the_summary_names_how_and_on_what_the_numbers_came_about(outcome, summarize):
-    summary = summarize(outcome, training={"epochs": 300})
+def test_the_summary_names_how_and_on_what_the_numbers_came_about(outcome, summary_of):
+    summary = summary_of(outcome, training={"epochs": 300})
     sha256 = "88d4266fd4e6338d13b845fcf289579d209c897823b9217da3e161936f031589"
     assert summary["checkpoint"] == {"sha256": sha256, "training": {"epochs": 300}}
     assert summary["arguments"]["data"] == "digits"
@@ -122,38 +124,38 @@ def test_the_summary_names_how_and_on_what_the_numbers_came_about(outcome, summa
     assert "CPU" in summary["hardware"]
 
 
-def test_the_summary_has_accuracies_with_counts_and_intervals(outcome, summarize):
-    accuracy = summarize(outcome)["accuracy"]
+def test_the_summary_has_accuracies_with_counts_and_intervals(outcome, summary_of):
+    accuracy = summary_of(outcome)["accuracy"]
     assert [accuracy[name]["count"] for name in ("clean", "pgd", "certified")] == [4, 2, 1]
     assert accuracy["certified"]["percent"] == 25
     assert accuracy["certified"]["interval_95"] == pytest.approx([100 * end for end in wilson_interval(1, 4)])
 
 
-def test_the_summary_compares_the_two_bounds(outcome, summarize):
+def test_the_summary_compares_the_two_bounds(outcome, summary_of):
     expected = {"images_with_local": 4, "local_median": 1.375, "global": 2, "local_over_global_median": 0.6875}
-    assert summarize(outcome)["lipschitz"] == expected
+    assert summary_of(outcome)["lipschitz"] == expected
 
 
-def test_images_whose_local_bound_is_the_global_one_do_not_count_in_the_comparison(outcome, summarize):
+def test_images_whose_local_bound_is_the_global_one_do_not_count_in_the_comparison(outcome, summary_of):
     outcome.local_bound[[0, 3]] = outcome.global_bound[[0, 3]]
     expected = {"images_with_local": 2, "local_median": 1.375, "global": 2, "local_over_global_median": 0.6875}
-    assert summarize(outcome)["lipschitz"] == expected
+    assert summary_of(outcome)["lipschitz"] == expected
     outcome.local_bound[:] = outcome.global_bound
     expected = {"images_with_local": 0, "local_median": None, "global": 2, "local_over_global_median": None}
-    summary = summarize(outcome)
+    summary = summary_of(outcome)
     assert summary["lipschitz"] == expected
-    assert "local / global" not in report.as_text(summary)
+    assert "local / global" not in as_text(summary)
 
 
-def test_the_summary_counts_broken_certificates_and_nan(outcome, summarize):
-    assert summarize(outcome)["certified_but_broken_by_pgd"] == 0
+def test_the_summary_counts_broken_certificates_and_nan(outcome, summary_of):
+    assert summary_of(outcome)["certified_but_broken_by_pgd"] == 0
     spoilt = replace(outcome, pgd=np.zeros(4, bool), worst_margin=np.array([1, np.nan, np.nan, -1]))
-    assert summarize(spoilt)["certified_but_broken_by_pgd"] == 1
-    assert summarize(spoilt)["not_a_number"] == 2
+    assert summary_of(spoilt)["certified_but_broken_by_pgd"] == 1
+    assert summary_of(spoilt)["not_a_number"] == 2
 
 
-def test_the_text_says_everything_with_its_counts_and_that_certificates_are_estimates(outcome, summarize):
-    lines = report.as_text(summarize(outcome)).splitlines()
+def test_the_text_says_everything_with_its_counts_and_that_certificates_are_estimates(outcome, summary_of):
+    lines = as_text(summary_of(outcome)).splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["clean", "PGD", "certified"]
     assert [line.split("(")[1].split(")")[0] for line in lines[1:4]] == ["4/4", "2/4", "1/4"]
     assert "digits: 4 test images, epsilon 0.3" in lines[0]
@@ -171,19 +173,19 @@ def test_the_text_says_everything_with_its_counts_and_that_certificates_are_esti
         (ESTIMATE | {"clip": True}, "estimate against valid images: norms by 70 power iterations"),
     ],
 )
-def test_the_text_names_what_the_certificate_is_for(outcome, summarize, certificate, said):
-    certified = report.as_text(summarize(outcome, certificate=certificate)).splitlines()[3]
+def test_the_text_names_what_the_certificate_is_for(outcome, summary_of, certificate, said):
+    certified = as_text(summary_of(outcome, certificate=certificate)).splitlines()[3]
     assert certified.split()[0] == "certified"
     assert said in certified
 
 
-def test_the_text_mentions_nan_where_there_is_any(outcome, summarize):
+def test_the_text_mentions_nan_where_there_is_any(outcome, summary_of):
     outcome.worst_margin[2] = np.nan
-    assert "1 images have a NaN" in report.as_text(summarize(outcome))
+    assert "1 images have a NaN" in as_text(summary_of(outcome))
 
 
-def test_the_rows_of_the_csv_are_the_images(tmp_path, outcome, summarize):
-    report.write(tmp_path, outcome, summarize(outcome))
+def test_the_rows_of_the_csv_are_the_images(tmp_path, outcome, summary_of):
+    report.write(tmp_path, outcome, summary_of(outcome))
     rows = read_csv(tmp_path / "images.csv")
     assert len(rows) == 4
     expected = {
@@ -230,10 +232,10 @@ OUTCOMES = {
 
 
 @pytest.fixture(params=OUTCOMES)
-def written(request, tmp_path, summarize):
+def written(request, tmp_path, summary_of):
     """A folder with the report of an outcome, the summary, and what `write` returned."""
     outcome, epsilon = OUTCOMES[request.param]
-    summary = summarize(outcome, epsilon)
+    summary = summary_of(outcome, epsilon)
     folder = tmp_path / "results" / "job"
     return folder, summary, report.write(folder, outcome, summary)
 
@@ -256,15 +258,15 @@ def test_the_pictures_are_pictures(written):
 
 
 def test_the_text_of_every_outcome_has_a_line_for_each_accuracy(written):
-    lines = report.as_text(written[1]).splitlines()
+    lines = as_text(written[1]).splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["clean", "PGD", "certified"]
 
 
 @pytest.fixture
-def axes(outcome):
-    figure = report._certified_over_radius(outcome, epsilon=0.3)
-    yield figure.axes[0]
-    report.plt.close(figure)
+def axes(outcome, tmp_path):
+    with pictures.drawing(tmp_path / "picture.png") as axes:
+        pictures.certified_over_radius(axes, outcome, epsilon=0.3)
+        yield axes
 
 
 def test_the_curves_pass_through_the_reported_accuracies(axes):
@@ -288,10 +290,10 @@ def test_the_curve_of_the_global_bound_falls_at_its_radius(axes):
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch, command_line):
-    """A copy of the README beside which `report`, called without flags, believes to stand."""
+    """A copy of the README beside which `table`, called without flags, believes to stand."""
     command_line()
     shutil.copy(ROOT / "README.md", tmp_path)
-    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
+    monkeypatch.setattr(table, "ROOT", tmp_path)
     return tmp_path
 
 
@@ -329,7 +331,7 @@ def finish(repository):
 
 
 def row(repository, job="cifar10-6c2f"):
-    (line,) = (line for line in report.table(repository / "results").splitlines() if line.startswith(f"| `{job}` |"))
+    (line,) = (line for line in table.table(repository / "results").splitlines() if line.startswith(f"| `{job}` |"))
     return line
 
 
@@ -391,25 +393,21 @@ def test_a_training_log_beside_the_reports_gives_the_time_and_a_picture(reposito
     finish("mnist-4c3f")
     folder = repository / "results" / "mnist-4c3f"
     (folder / "epochs.csv").write_text(EPOCHS)
-    report.main()
+    table.main()
     assert "trained in 2.0 h, 1800 s an epoch" in row(repository, "mnist-4c3f")
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in (repository / "results").rglob("*.png")] == ["training.png"]
 
 
-def test_the_drawn_training_shows_the_logged_accuracies_and_the_papers(repository, finish, monkeypatch):
-    folder = repository / "results" / "mnist-4c3f"
-    folder.mkdir(parents=True)
-    (folder / "epochs.csv").write_text(EPOCHS)
-    figures = []
-    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
-    report.main()
-    (axes,) = figures[0].axes
+def test_the_drawn_training_shows_the_logged_accuracies_and_the_papers(repository, tmp_path):
+    (tmp_path / "epochs.csv").write_text(EPOCHS)
+    (row,) = (row for row in ROWS if row.job == "mnist-4c3f")
+    with pictures.drawing(tmp_path / "training.png") as axes:
+        pictures.training(axes, table.read_epochs(tmp_path), row)
     curves = [curve.get_ydata() for curve in axes.lines]
     for accuracies in ([96, 92, 93], [0, 40, 50], [93, 92, 93], [80, 50, 60]):
         assert any(len(curve) == 3 and curve == pytest.approx(accuracies) for curve in curves)
     assert {text.get_text() for text in axes.texts} == {"paper 96.3", "paper 55.8"}
-    report.plt.close(figures[0])
 
 
 @pytest.mark.parametrize("damage", [("0.79", "much"), ("epsilon", "radius"), (",1800", "")])
@@ -418,7 +416,7 @@ def test_a_damaged_training_log_is_refused(repository, finish, damage):
     folder.mkdir(parents=True)
     (folder / "epochs.csv").write_text(EPOCHS.replace(*damage))
     with pytest.raises(InputError, match=r"epochs\.csv is no training log"):
-        report.main()
+        table.main()
 
 
 def test_a_scaled_run_is_called_so(repository, finish):
@@ -462,31 +460,31 @@ def test_a_run_with_another_radius_or_width_does_not_pass_for_the_papers(reposit
 
 def test_every_line_of_the_table_has_the_same_columns(repository, finish):
     finish("cifar10-6c2f-maxmin", images=500, epochs=40)
-    lines = report.table(repository / "results").splitlines()
+    lines = table.table(repository / "results").splitlines()
     assert len(lines) == 2 + len(ROWS)
     assert len({line.count("|") for line in lines}) == 1
 
 
 def test_the_table_refreshes_its_block_of_the_readme_and_nothing_else(repository, finish, capsys):
     readme = repository / "README.md"
-    before, _, rest = readme.read_text().partition(report.BEGIN)
-    _, _, after = rest.partition(report.END)
+    before, _, rest = readme.read_text().partition(table.BEGIN)
+    _, _, after = rest.partition(table.END)
     for job in ("mnist-4c3f", "cifar10-6c2f"):  # the second time over the first table
         finish(job)
-        report.main()
-        table = report.table(repository / "results")
-        assert readme.read_text() == f"{before}{report.BEGIN}\n{table}\n{report.END}{after}"
-    assert table in capsys.readouterr().out
-    assert row(repository, "cifar10-4c3f") in table
+        table.main()
+        text = table.table(repository / "results")
+        assert readme.read_text() == f"{before}{table.BEGIN}\n{text}\n{table.END}{after}"
+    assert text in capsys.readouterr().out
+    assert row(repository, "cifar10-4c3f") in text
 
 
-@pytest.mark.parametrize("mark", [report.BEGIN, report.END])
+@pytest.mark.parametrize("mark", [table.BEGIN, table.END])
 def test_a_readme_without_the_marks_is_refused_and_left_alone(repository, mark):
     readme = repository / "README.md"
     readme.write_text(readme.read_text().replace(mark, ""))
     before = readme.read_bytes()
     with pytest.raises(InputError, match="has no lines"):
-        report.main()
+        table.main()
     assert readme.read_bytes() == before
 
 

@@ -13,6 +13,7 @@ from conftest import ROOT, TINY, Answer, read_csv, spawn
 import evaluate
 import train_mnist
 import utils
+from locallip.evaluation import attacks, certificates, evaluation
 
 SCRIPTS = ["train_mnist", "train_cifar10", "train_tinyimagenet", "evaluate", "evaluate_tinyimagenet"]
 
@@ -202,7 +203,7 @@ def test_training_and_evaluation_agree_on_the_net_and_its_prefix(run_job, model)
     assert evaluated["--saved_model"] == [f"pretrained/{trained['--prefix'][0]}"]
 
 
-@pytest.mark.parametrize(("job", "script"), [("demo", "train_mnist.py"), ("test", "-m"), ("table", "report.py")])
+@pytest.mark.parametrize(("job", "script"), [("demo", "train_mnist.py"), ("test", "-m"), ("table", "-m")])
 def test_the_other_jobs_start_their_scripts(run_job, job, script):
     assert run_job(job).out.splitlines()[0] == script
 
@@ -346,7 +347,7 @@ def test_at_epsilon_zero_attack_and_certificate_are_the_clean_accuracy(trained, 
 
 def test_a_broken_certificate_is_shouted(trained, evaluated, call, monkeypatch):
     # Every image is "attacked" by putting its neighbour, mostly of another class, in its place.
-    monkeypatch.setattr(evaluate, "pgd", lambda model, x, y, epsilon, steps: x.roll(1, dims=0))
+    monkeypatch.setattr(evaluation, "pgd", lambda model, x, y, epsilon, steps: x.roll(1, dims=0))
     answer = call("evaluate", *EVALUATE, "--saved_model", trained[1])
     assert answer.code == 1
     assert "BROKEN CERTIFICATE" in answer.err
@@ -354,13 +355,13 @@ def test_a_broken_certificate_is_shouted(trained, evaluated, call, monkeypatch):
 
 
 def test_nan_counts_as_not_certified_and_is_reported(trained, call, monkeypatch, tmp_path):
-    worst_logits = evaluate.worst_logits
+    worst_logits = certificates.worst_logits
 
     def spoil_the_first_two(bound, y, rounds):
-        monkeypatch.setattr(evaluate, "worst_logits", worst_logits)  # later questions are about other images
+        monkeypatch.setattr(certificates, "worst_logits", worst_logits)  # later questions are about other images
         return worst_logits(bound, y, rounds).index_fill(0, torch.tensor([0, 1]), torch.nan)
 
-    monkeypatch.setattr(evaluate, "worst_logits", spoil_the_first_two)
+    monkeypatch.setattr(certificates, "worst_logits", spoil_the_first_two)
     answer = call("evaluate", *EVALUATE, "--certificate", "estimate", "--saved_model", trained[1], "--out", tmp_path)
     assert answer.code == 0
     assert "2 images have a NaN" in answer.out
@@ -371,4 +372,4 @@ def test_nan_counts_as_not_certified_and_is_reported(trained, call, monkeypatch,
 
 def test_a_nan_among_the_logits_is_not_right():
     logits = torch.tensor([[2.0, 1.0], [2.0, np.nan], [np.nan, 1.0]])
-    assert evaluate.right(logits, torch.tensor([0, 0, 0])).tolist() == [True, False, False]
+    assert attacks.right(logits, torch.tensor([0, 0, 0])).tolist() == [True, False, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,6 +76,7 @@ class Proof:
         eliminated_rows, eliminated_columns: (N, L) shares that the ball switches off of each of the L local norms.
         stage: (N,) which stage decided; as many as there are stages where none did.
         stages: their names.
+        seconds: wall time of each.
     """
 
     logits: Tensor
@@ -85,6 +87,7 @@ class Proof:
     eliminated_columns: Tensor
     stage: Tensor
     stages: tuple[str, ...]
+    seconds: list[float]
 
     @property
     def decided(self) -> list[int]:
@@ -128,7 +131,8 @@ def decide(
     Args:
         stages: at least one, the first of which computes all that `Proof` has.
         y: (N,) int64.
-        fallen: (N,) bool, images that an attack is known to break: the dual is not asked about them. None: unknown.
+        fallen: (N,) bool, images that an attack is known to break: costly stages are not asked about them, unless the
+            first is one. None: unknown.
 
     Arguments otherwise and errors are those of `propagate`.
 
@@ -142,14 +146,17 @@ def decide(
     places, carried = torch.arange(len(x), device=x.device), None
     decided_by = torch.full_like(places, len(stages))
     known: dict[str, Tensor] = {}
+    seconds = [0.0] * len(stages)
     for number, stage in enumerate(stages):
-        if isinstance(stage, DualStage) and fallen is not None:
+        if number and stage.costly and fallen is not None:
             left = (~fallen[places]).nonzero().squeeze(1)
             places, question, carried = places[left], question.take(left), carried and carried.take(left)
         if not len(places):
             break
+        started = time.perf_counter()
         with torch.autocast(x.device.type, enabled=False):
             answer = stage.ask(question, carried)
+        seconds[number] = time.perf_counter() - started
         for name, column in answer.columns.items():
             known.setdefault(name, column.clone())[places] = column
         settled = answer.settled
@@ -161,7 +168,9 @@ def decide(
         left = (~settled).nonzero().squeeze(1)
         places, question = places[left], question.take(left)
         carried = answer.carried and answer.carried.take(left)
-    return Proof(global_hidden_lipschitz=global_lipschitz, stage=decided_by, stages=_names(stages), **known)
+    return Proof(
+        global_hidden_lipschitz=global_lipschitz, stage=decided_by, stages=_names(stages), seconds=seconds, **known
+    )
 
 
 def _names(stages: Sequence[Stage]) -> tuple[str, ...]:

@@ -125,6 +125,14 @@ class ProvenNorms:
         self._known: dict[Position, _Whole] = {}
         self._generator = np.random.default_rng(self.seed)
 
+    def restart(self, place: int) -> None:
+        """Draw from here on the start vectors of one part of a run, whatever was asked for before.
+
+        place: of the part in the run; the start vectors depend on it and on the seed alone. A part that is done again,
+        by the same questions, meets the same chance again, and takes no more of the failure probability.
+        """
+        self._generator = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(place,)))
+
     def with_steps(self, steps: int) -> ProvenNorms:
         """The same norms by so many Lanczos steps: budget, generator and whole norms are shared."""
         result = copy.copy(self)

@@ -87,9 +87,11 @@ class Stage(ABC):
 
     Attributes:
         name: for reports.
+        costly: whether it is worth knowing what an attack breaks before it is asked.
     """
 
     name: str
+    costly: bool = False
 
     @abstractmethod
     def ask(self, question: Question, carried: Carried | None) -> Answer:
@@ -116,6 +118,10 @@ class ProductStage(Stage):
     from_below: bool = True
     before_dual: bool = False
     masks: bool = True
+
+    @property
+    def costly(self) -> bool:
+        return self.before_dual
 
     def ask(self, question: Question, carried: Carried | None) -> Answer:
         x, y, epsilon, clip = question.x, question.y, question.epsilon, question.clip
@@ -157,6 +163,7 @@ class DualStage(Stage):
 
     name: str = "dual"
     iterations: int = 60
+    costly: bool = True
 
     def ask(self, question: Question, carried: Carried | None) -> Answer:
         settled = torch.ones_like(question.y, dtype=torch.bool)

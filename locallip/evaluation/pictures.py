@@ -1,0 +1,172 @@
+"""The pictures: of an evaluation, of the attacks on a bound, of a training. Each draws on the axes that it is given.
+
+Nothing of the caller's matplotlib takes part. Its backend, which notebooks export to the processes that they start,
+would fail the very import where it is unknown; its style would change the pictures. Who draws nothing does not import
+it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from locallip.evaluation.outcome import CERTIFIED_MULTIPLES, PGD_MULTIPLES, Outcome
+from locallip.evaluation.summary import ratio
+from locallip.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from locallip.evaluation.table import Row
+
+LOCAL, GLOBAL, ATTACK, INK = "#1f6feb", "#8b949e", "#d1542b", "#24292f"
+
+
+@contextmanager
+def drawing(path: Path, height: float = 4.2) -> Iterator[Axes]:
+    """Axes to draw on, which become a PNG when the context ends. height: in inches.
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
+    matplotlib = _import_matplotlib()
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        figure = matplotlib.figure.Figure(figsize=(7, height), layout="constrained")
+        matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        yield axes
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25, linewidth=0.6)
+        axes.set_axisbelow(True)
+        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+
+
+def _import_matplotlib() -> ModuleType:
+    named = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure
+    finally:
+        if named is not None:
+            os.environ["MPLBACKEND"] = named
+    return matplotlib
+
+
+def certified_over_radius(axes: Axes, outcome: Outcome, epsilon: float) -> None:
+    """Draw clean, PGD and certified accuracy over the radius, of the images that were asked about at all radii."""
+    outcome = outcome.take(~np.isnan(outcome.certified_over_radius).any(axis=1))
+    end = CERTIFIED_MULTIPLES[-1] * epsilon or 1.0
+    fine = np.linspace(0, end, 400)
+    by_global = 100 * (outcome.global_radius[None, :] > fine[:, None]).mean(axis=1)
+    attacked = {0.0: outcome.clean, 1.0: outcome.pgd} | dict(zip(PGD_MULTIPLES, outcome.pgd_over_radius.T))
+    multiples = sorted(attacked)
+    clean = 100 * outcome.clean.mean()
+    axes.axhline(clean, color=INK, linewidth=1.2, linestyle=":", label="clean")
+    axes.plot(
+        [m * epsilon for m in multiples],
+        [100 * attacked[m].mean() for m in multiples],
+        color=ATTACK,
+        marker="v",
+        label="under PGD",
+    )
+    axes.plot(
+        CERTIFIED_MULTIPLES * epsilon,
+        100 * outcome.certified_over_radius.mean(axis=0),
+        color=LOCAL,
+        linewidth=2.4,
+        label="certified, local bound",
+    )
+    axes.plot(fine, by_global, color=GLOBAL, linewidth=1.8, linestyle="--", label="certified, global bound")
+    axes.axvline(epsilon, color=INK, linewidth=0.8, alpha=0.4)
+    axes.annotate(f"ε = {epsilon:.4g}", (epsilon, 1), xytext=(5, 2), textcoords="offset points", color=INK, fontsize=9)
+    axes.set(xlim=(0, end), ylim=(0, 100), xlabel="L2 radius (pixels in [0, 1])", ylabel="accuracy (%)")
+    axes.set_title(f"Accuracy over radius, {len(outcome.label):,} test images", loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=9)
+
+
+def local_over_global(axes: Axes, outcome: Outcome, epsilon: float) -> None:
+    """Draw the histogram of the ratio of the two Lipschitz bounds, where the local one is smaller."""
+    shares = ratio(outcome)
+    shares = shares[np.isfinite(shares)]
+    axes.hist(shares, bins=np.linspace(0, max(1.0, shares.max(initial=0)), 51), color=LOCAL)
+    median = float(np.median(shares)) if len(shares) else 0.0
+    axes.axvline(median, color=INK, linewidth=1)
+    axes.annotate(
+        f"median {median:.3f}",
+        (median, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(-6, -12),
+        textcoords="offset points",
+        ha="right",
+        fontsize=9,
+        color=INK,
+    )
+    axes.set(xlim=(0, None), xlabel="local / global Lipschitz bound", ylabel="test images")
+    axes.set_title(f"How much smaller the local bound is at ε = {epsilon:.4g}", loc="left", fontsize=11)
+
+
+def eliminated(axes: Axes, outcome: Outcome, epsilon: float) -> None:
+    """Draw the share of rows and columns that the ball switches off, layer by layer."""
+    layers = outcome.eliminated_rows.shape[1]
+    places = np.arange(layers)
+    axes.bar(places - 0.2, 100 * outcome.eliminated_rows.mean(axis=0), 0.38, color=LOCAL, label="rows")
+    axes.bar(places + 0.2, 100 * outcome.eliminated_columns.mean(axis=0), 0.38, color=GLOBAL, label="columns")
+    axes.set(ylim=(0, 100), xlabel="linear layer", ylabel="switched off (%)")
+    axes.set_xticks(places, [str(place + 1) for place in places])
+    axes.set_title(f"Rows and columns that cannot matter in the ball, ε = {epsilon:.4g}", loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=9, ncols=2)
+
+
+def bounds_and_slopes(
+    axes: Axes, global_bound: np.ndarray, local_bound: np.ndarray, slope: np.ndarray, epsilon: float
+) -> None:
+    """Draw both Lipschitz bounds and the steepest slope that an attack found, image by image.
+
+    global_bound, local_bound, slope: (N,), sorted by the local bound for the picture.
+    """
+    order, places = np.argsort(local_bound), np.arange(len(local_bound))
+    axes.plot(places, global_bound[order], color=GLOBAL, linewidth=1.8, linestyle="--", label="global bound")
+    axes.plot(places, local_bound[order], color=LOCAL, linewidth=2.4, label="local bound")
+    axes.plot(places, slope[order], "v", color=ATTACK, markersize=3.5, label="steepest slope found")
+    axes.set(xlim=(0, max(len(slope) - 1, 1)), ylim=(0, None), xlabel="image", ylabel="Lipschitz constant")
+    axes.set_title(f"How tight the bound is in the ball, ε = {epsilon:.4g}", loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=9)
+
+
+def training(axes: Axes, epochs: list[dict[str, float]], row: Row) -> None:
+    """Draw a training: accuracies on the training and the validation images by epoch, and epsilon's rise.
+
+    epochs: rows of a training log. row: what was trained.
+    """
+    numbers = [epoch["epoch"] for epoch in epochs]
+    for name, label, color in (("clean", "clean", INK), ("certified", "certified, estimate", LOCAL)):
+        for prefix, style, images in (("validation_", "-", f"at ε = {row.epsilon:.4g}"), ("", ":", "in training")):
+            accuracy = [100 * (1 - epoch[f"{prefix}{name}_error"]) for epoch in epochs]
+            where = images if name == "certified" or prefix == "" else "validation"
+            axes.plot(numbers, accuracy, style, color=color, linewidth=2 if prefix else 1.4, label=f"{label}, {where}")
+    if row.paper is not None:
+        for accuracy, color in ((row.paper[0], INK), (row.paper[2], LOCAL)):
+            axes.axhline(accuracy, color=color, linewidth=0.8, linestyle="--", alpha=0.6)
+            axes.annotate(
+                f"paper {accuracy:.1f}",
+                (1, accuracy),
+                xycoords=("axes fraction", "data"),
+                xytext=(-2, 3),
+                textcoords="offset points",
+                ha="right",
+                fontsize=8,
+                color=color,
+            )
+    full = next((epoch["epoch"] for epoch in epochs if epoch["epsilon"] == epochs[-1]["epsilon"]), numbers[-1])
+    axes.axvspan(numbers[0], full, color=GLOBAL, alpha=0.1, linewidth=0, label="ε rises")
+    axes.set(xlim=(numbers[0], numbers[-1]), ylim=(0, 100), xlabel="epoch", ylabel="accuracy (%)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_title(f"{row.title}\n{len(epochs)} of {row.epochs} epochs", loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=8)

@@ -1,0 +1,184 @@
+"""The table of all summaries.
+
+`python -m locallip.evaluation.table` gathers results/JOB/{proven,estimate}/summary.json into the table of the README,
+and draws the training logs that lie beside them as results/JOB/epochs.csv.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import utils
+from locallip.evaluation import pictures
+from locallip.files import InputError, run_script, write_atomically
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Attributes:
+        job: name of the training job; its evaluation is evaluate-JOB.
+        title: what it trains.
+        epsilon: L2 radius of the evaluation, pixel space.
+        epochs: of the whole schedule.
+        paper: published clean / PGD / certified accuracy in percent; None: a recipe that is not the paper's.
+        batch_size: of the recipe, in each process.
+    """
+
+    job: str
+    title: str
+    epsilon: float
+    epochs: int
+    paper: tuple[float, float, float] | None = None
+    batch_size: int = 256
+
+
+ROWS = (
+    Row("mnist-4c3f", "MNIST, ε = 1.58, 4C3F, GloRo loss", 1.58, 300, (96.3, 78.2, 55.8)),
+    Row(
+        "mnist-4c3f-maxmin",
+        "MNIST, ε = 1.58, 4C3F, clipped MaxMin, trained with global norms",
+        1.58,
+        300,
+        batch_size=64,
+    ),
+    Row("cifar10-4c3f", "CIFAR-10, ε = 36/255, 4C3F", 36 / 255, 800, (70.1, 64.2, 53.5)),
+    Row("cifar10-6c2f", "CIFAR-10, ε = 36/255, 6C2F", 36 / 255, 800, (70.7, 64.8, 54.3)),
+    Row("cifar10-6c2f-gloro", "CIFAR-10, ε = 36/255, 6C2F, GloRo loss", 36 / 255, 800, (76.4, 69.2, 51.3)),
+    Row("cifar10-6c2f-maxmin", "CIFAR-10, ε = 36/255, 6C2F, clipped MaxMin", 36 / 255, 800, (77.4, 70.4, 60.7)),
+    Row("tinyimagenet-8c2f", "Tiny ImageNet, ε = 36/255, 8C2F", 36 / 255, 250, (30.8, 28.4, 20.7), 32),
+    Row(
+        "tinyimagenet-8c2f-maxmin",
+        "Tiny ImageNet, ε = 36/255, 8C2F, clipped MaxMin",
+        36 / 255,
+        250,
+        (36.9, 33.3, 23.4),
+        32,
+    ),
+)
+BEGIN, END = "<!-- table: bash run_job.sh table -->", "<!-- end of table -->"
+
+
+def table(results: Path) -> str:
+    """All rows as Markdown: the paper's values, and what results/JOB/{proven,estimate}/summary.json found."""
+    lines = [
+        "| job | | paper: clean / PGD / certified (estimate) | here: clean / PGD | certified, proven "
+        "| certified, estimate | remarks |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        paths = [results / row.job / kind / "summary.json" for kind in ("proven", "estimate")]
+        try:
+            summaries = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+            found = _table_cells(row, summaries, read_epochs(results / row.job))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"a summary.json below {results / row.job} is damaged: {error!r}") from None
+        paper = "not of the paper" if row.paper is None else " / ".join(f"{p:.1f}" for p in row.paper)
+        cells = [f"`{row.job}`", row.title, paper, *found]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _table_cells(row: Row, summaries: list[dict], epochs: list[dict[str, float]]) -> list[str]:
+    if not summaries:
+        return ["not run", "", "", ""]
+    clean, pgd = (_percent(summaries[0], name) for name in ("clean", "pgd"))
+    certified = {summary["certificate"]["kind"]: _percent(summary, "certified") for summary in summaries}
+    remarks = dict.fromkeys(remark for summary in summaries for remark in _remarks(row, summary))
+    if len({summary["checkpoint"]["sha256"] for summary in summaries}) > 1:
+        remarks["the columns are of different checkpoints"] = None
+    if epochs:
+        seconds = [epoch["seconds"] for epoch in epochs]
+        remarks[f"trained in {sum(seconds) / 3600:.1f} h, {np.median(seconds):.0f} s an epoch"] = None
+    return [
+        f"{clean} / {pgd}",
+        *(certified.get(kind, "not run") for kind in ("proven", "estimate")),
+        "; ".join(remarks),
+    ]
+
+
+def _percent(summary: dict, name: str) -> str:
+    return f"{summary['accuracy'][name]['percent']:.1f}"
+
+
+def _remarks(row: Row, summary: dict) -> list[str]:
+    """What a reader has to know before comparing with the paper."""
+    training, certificate = summary["checkpoint"]["training"] or {}, summary["certificate"]
+    width, epochs = summary["arguments"]["width"], training.get("epochs")
+    remarks = [f"{epochs or 'unknown number of'} epochs, evaluated on {summary['hardware']}"]
+    if epochs not in (None, row.epochs):
+        remarks.append(f"a scaled run: {epochs} of {row.epochs} epochs")
+    if training.get("batch_size", row.batch_size) != row.batch_size:
+        remarks.append(f"batches of {training['batch_size']} instead of {row.batch_size}")
+    if training.get("bfloat16"):
+        remarks.append("convolutions of the training in bfloat16")
+    if training.get("val_split"):
+        remarks.append(f"the epoch picked on {training['val_split']:,} held-out training images")
+    if summary["epsilon"] != row.epsilon:
+        remarks.append(f"{certificate['kind']} at ε = {summary['epsilon']:g}")
+    if width != 1:
+        remarks.append(f"{width:g} of the width")
+    if summary["images"] != 10000:
+        remarks.append(f"first {summary['images']} images")
+    if certificate["kind"] == "estimate" and certificate["power_iterations"] != 2000:
+        remarks.append(f"estimate by {certificate['power_iterations']} power iterations")
+    if certificate["clip"]:
+        remarks.append("valid images only")
+    if certificate.get("deployed", "exact") != "exact":
+        remarks.append(f"for the {certificate['deployed']} network")
+    return remarks
+
+
+# Columns of a training log that are read here.
+_ERRORS = ("clean_error", "certified_error", "validation_clean_error", "validation_certified_error")
+_LOGGED = ("epoch", "epsilon", "seconds", *_ERRORS)
+
+
+def read_epochs(folder: Path) -> list[dict[str, float]]:
+    """The rows of a training log that was copied to folder/epochs.csv; none if it was not.
+
+    Raises:
+        InputError: if it is no training log.
+    """
+    path = folder / "epochs.csv"
+    if not path.is_file():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [{name: float(row[name]) for name in _LOGGED} for row in csv.DictReader(file)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no training log: {error!r}") from None
+
+
+def main() -> None:
+    """Print the table, put it into the README between its two marks, and draw the trainings."""
+    text = "Put all summaries below results/ into the table of the README, and draw results/JOB/epochs.csv."
+    utils.ArgumentParser(text).parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise InputError(f"{readme} has no lines '{BEGIN}' and '{END}'")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    new = table(ROOT / "results")
+    for row in ROWS:
+        epochs = read_epochs(ROOT / "results" / row.job)
+        if epochs:
+            with pictures.drawing(ROOT / "results" / row.job / "training.png") as axes:
+                pictures.training(axes, epochs, row)
+    write_atomically(
+        readme, lambda temporary: temporary.write_text(f"{before}{BEGIN}\n{new}\n{END}{after}", encoding="utf-8")
+    )
+    print(new)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,291 @@
+"""Evaluations that are stopped: what is done stays done, nothing counts twice, and the report is the same."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, spawn
+
+import utils
+from locallip import files
+from locallip.evaluation import evaluation, unfinished
+from locallip.evaluation.plan import Plan, seed_of
+
+SMALL = ["--epsilon", 0.01, "--images", 44, "--test_batch_size", 8, "--curve_images", 10, "--test_sniter", 20]
+SMALL += ["--certificate", "both", "--certificate_seed", 7]
+BATCHES = 6
+
+
+def contents(folder):
+    """Every file by name; what may differ of a summary is left out."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for name in [name for name in found if name.endswith("summary.json")]:
+        summary = json.loads(found[name])
+        assert summary.pop("seconds") >= 0
+        del summary["hardware"], summary["arguments"]["out"]
+        found[name] = summary
+    return found
+
+
+@pytest.fixture
+def flags(saved_net):
+    return [*TINY, *SMALL, "--saved_model", saved_net]
+
+
+@pytest.fixture
+def report(call, flags, tmp_path):
+    """What an evaluation leaves that nobody stops."""
+    answer = call("evaluate", *flags, "--out", tmp_path / "whole")
+    assert (answer.code, answer.err) == (0, "")
+    found = contents(tmp_path / "whole")
+    assert len(found) == 10
+    return found
+
+
+class Killed(BaseException):
+    """Stands for the end of the process; nothing may catch it."""
+
+
+@pytest.fixture
+def stop_at_write(monkeypatch):
+    """Ends the code in its context behind so many writes."""
+
+    @contextmanager
+    def stop(number):
+        written, replace = [], os.replace
+
+        def replace_or_die(*paths):
+            if len(written) == number:
+                raise Killed
+            written.append(paths)
+            replace(*paths)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "replace", replace_or_die)
+            yield
+
+    return stop
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Places of the batches that are worked out."""
+    places, batch = [], evaluation.evaluate_batch
+
+    def record(*given):
+        places.append(given[-2])
+        return batch(*given)
+
+    monkeypatch.setattr(evaluation, "evaluate_batch", record)
+    return places
+
+
+# Behind the record of the run, two batches, all batches, the first file of the report, all but its last one.
+@pytest.mark.parametrize("writes", [1, 3, 1 + BATCHES, 2 + BATCHES, BATCHES + 10])
+def test_stopped_at_a_write_and_resumed_it_reports_the_same(
+    call, flags, report, stop_at_write, asked, tmp_path, writes
+):
+    out, done = tmp_path / "stopped", min(writes - 1, BATCHES)
+    with stop_at_write(writes), pytest.raises(Killed):
+        call("evaluate", *flags, "--out", out)
+    assert len(list((out / "unfinished").glob("*.npz"))) == done
+    asked.clear()
+    answer = call("evaluate", *flags, "--out", out, "--resume")
+    assert (answer.code, answer.err) == (0, "")
+    assert asked == list(range(done, BATCHES))
+    assert contents(out) == report
+
+
+def kill_at_random(rng, command, out):
+    """Start an evaluation, kill it with -9 in the midst of its work; returns how many batches it left."""
+    before = len(list(out.glob("unfinished/*.npz")))
+    with subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as running:
+        deadline = time.monotonic() + 60
+        while running.poll() is None and len(list(out.glob("unfinished/*.npz"))) == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.2))
+        running.send_signal(signal.SIGKILL)
+        running.communicate()
+    return len(list(out.glob("unfinished/[0-9]*.npz")))
+
+
+def test_killed_at_random_moments_and_resumed_by_one_or_two_processes_it_reports_the_same(
+    flags, report, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    rng, out = random.Random(0), tmp_path / "killed"
+    command = ["evaluate.py", *flags, "--out", out]
+    done = kill_at_random(rng, command, out)
+    for _ in range(2):
+        now = kill_at_random(rng, [*command, "--resume"], out) if (out / "unfinished").exists() else done
+        assert now >= done
+        done = now
+    shutil.copytree(out, tmp_path / "copy")
+    if (out / "unfinished" / "run.json").exists():
+        assert spawn(*command, "--resume").code == 0
+        several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "evaluate.py", *flags]
+        answer = spawn(*several, "--out", tmp_path / "copy", "--resume")
+        assert answer.code == 0, answer.err
+    assert contents(out) == report
+    assert contents(tmp_path / "copy") == report
+
+
+def test_two_processes_report_what_one_does(flags, report, tmp_path):
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "evaluate.py", *flags]
+    answer = spawn(*several, "--out", tmp_path / "two", OMP_NUM_THREADS="1")
+    assert answer.code == 0, answer.err
+    assert contents(tmp_path / "two") == report
+
+
+@pytest.fixture
+def stopped(call, flags, stop_at_write, tmp_path):
+    """The folder of an evaluation that was stopped behind its second batch, with further flags."""
+    out = tmp_path / "stopped"
+
+    def stop(*others):
+        with stop_at_write(3), pytest.raises(Killed):
+            call("evaluate", *flags, *others, "--out", out)
+        return out
+
+    return stop
+
+
+def assert_refused(answer, *said):
+    assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1), answer.err
+    assert all(word in answer.err for word in said), answer.err
+
+
+def test_an_unfinished_evaluation_is_neither_replaced_nor_continued_unasked(call, flags, stopped):
+    out = stopped()
+    before = contents(out)
+    assert_refused(call("evaluate", *flags, "--out", out), "--resume", "--overwrite", "2 of 6 batches")
+    assert contents(out) == before
+
+
+def test_overwriting_an_unfinished_evaluation_starts_anew(call, flags, stopped, report):
+    out = stopped("--epsilon", 0.02)
+    assert call("evaluate", *flags, "--out", out, "--overwrite").code == 0
+    assert contents(out) == report | {
+        name: s | {"arguments": s["arguments"] | {"overwrite": True}} for name, s in report.items() if "json" in name
+    }
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        (["--epsilon", 0.02], "--epsilon 0.01, not 0.02"),
+        (["--test_batch_size", 9], "--test_batch_size 8, not 9"),
+        (["--certificate", "proven"], "--certificate both, not proven"),
+        (["--certificate_seed", 8], "--certificate_seed 7, not 8"),
+        (["--seed", 1], "--seed 2019, not 1"),
+        (["--images", 43], "--images 44, not 43"),
+        (["--deployed", "float32"], "--deployed exact, not float32"),
+    ],
+    ids=str,
+)
+def test_other_flags_do_not_go_on_with_it(call, flags, stopped, others, said):
+    out = stopped()
+    before = contents(out)
+    assert_refused(call("evaluate", *flags, *others, "--out", out, "--resume"), said, "--overwrite")
+    assert contents(out) == before
+
+
+def test_another_checkpoint_does_not_go_on_with_it(call, flags, stopped, saved_net):
+    out = stopped()
+    checkpoint = utils.load_checkpoint(saved_net)
+    utils.save_checkpoint(saved_net, checkpoint | {"epoch": 1})
+    assert_refused(call("evaluate", *flags, "--out", out, "--resume"), "other checkpoint")
+
+
+def test_other_code_or_other_packages_do_not_go_on_with_it(call, flags, stopped, monkeypatch):
+    out = stopped()
+    for name, value in {"source_sha256": "0123", "versions": {"torch": "0.1"}, "images_sha256": "4567"}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(f"evaluate.{name}", lambda *_, value=value: value)
+            assert_refused(call("evaluate", *flags, "--out", out, "--resume"), "--overwrite")
+
+
+def test_a_drawn_seed_is_kept_and_a_given_one_need_not_be_repeated(call, flags, stopped, report):
+    unseeded = flags[: flags.index("--certificate_seed")] + flags[flags.index("--certificate_seed") + 2 :]
+    out = stopped()
+    assert call("evaluate", *unseeded, "--out", out, "--resume").code == 0
+    assert contents(out) == report
+
+
+@pytest.mark.parametrize("flag", [["--resume"], ["--resume", "--overwrite", "--out", "x"]], ids=str)
+def test_flags_that_contradict_each_other_are_refused(call, flags, flag):
+    assert_refused(call("evaluate", *flags, *flag), "--resume")
+
+
+def test_there_is_nothing_to_resume_where_nothing_was_stopped(call, flags, report, tmp_path):
+    assert_refused(call("evaluate", *flags, "--out", tmp_path / "whole", "--resume"), "no unfinished evaluation")
+    assert contents(tmp_path / "whole") == report
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"arguments": 1, "seed": 2}', b"\xff"])
+def test_a_damaged_record_is_refused(call, flags, stopped, damage):
+    out = stopped()
+    (out / "unfinished" / "run.json").write_bytes(damage)
+    assert_refused(call("evaluate", *flags, "--out", out, "--resume"), "damaged", "--overwrite")
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "of another run"])
+def test_a_batch_that_is_damaged_or_of_another_run_is_done_again(call, flags, stopped, report, damage, tmp_path):
+    out = stopped()
+    batch = out / "unfinished" / "00001.npz"
+    if damage == "of another run":
+        with np.load(batch) as file:
+            arrays = dict(file) | {"about.run": "another", "0.clean": np.zeros(8, bool)}
+        np.savez(batch, **arrays)
+    else:
+        batch.write_bytes(batch.read_bytes()[: 0 if damage == "empty" else 1000])
+    assert call("evaluate", *flags, "--out", out, "--resume").code == 0
+    assert contents(out) == report
+
+
+def test_leftovers_without_their_record_count_for_nothing(call, flags, stopped, report):
+    out = stopped()
+    (out / "unfinished" / "run.json").unlink()
+    assert call("evaluate", *flags, "--out", out).code == 0
+    assert contents(out) == report
+
+
+def test_the_seconds_of_all_starts_add_up(monkeypatch, tmp_path):
+    clock = iter([0.0, 5.0, 7.0, 100.0, 103.0, 103.0])
+    monkeypatch.setattr(unfinished.time, "perf_counter", lambda: next(clock))
+    run = {"seed": 1}
+    first = unfinished.Unfinished(tmp_path, run, 1)  # at 0
+    first.keep(0, [])  # at 5
+    first.keep(1, [])  # at 7
+    second = unfinished.Unfinished(tmp_path, run, 2)  # at 100
+    assert sorted(second.read(0)) == [0, 1]
+    assert second.seconds() == 7 + 3
+
+
+def test_every_image_is_in_one_batch_and_every_question_planned():
+    plan = Plan(images=44, batch_size=8, curve_images=10)
+    assert len(plan) == BATCHES
+    assert [plan.size(place) for place in range(len(plan))] == [8, 8, 8, 8, 8, 4]
+    places = [i for place in range(len(plan)) for i in range(44)[plan.span(place)]]
+    assert places == list(range(44))
+    assert [plan.has_curve(place) for place in range(len(plan))] == [True, True, False, False, False, False]
+    assert plan.questions() == 44 + 9 * 16
+
+
+def test_batches_have_seeds_of_their_own():
+    seeds = {seed_of(seed, place) for seed in range(20) for place in range(50)}
+    assert len(seeds) == 1000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    torch.manual_seed(seed_of(2**63 - 1, 10**6))
