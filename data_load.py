@@ -1,8 +1,8 @@
-"""Data sets as uint8 tensors that live on the device, and batches of them.
+"""Data sets by name, one record each, read as uint8 tensors.
 
 MNIST, CIFAR-10 and the digits are read whole (MNIST takes 47 MB) and their pixels and labels are checked against a
 known md5, whether the files were downloaded, shipped or copied by hand; Tiny ImageNet is mapped from a cache (see
-`tiny_imagenet`). Images become floats in [0, 1] one batch at a time.
+`locallip.tiny_imagenet`). A further data set is a further record in `DATA_SETS`, with a function that reads it.
 """
 
 from __future__ import annotations
@@ -10,120 +10,57 @@ from __future__ import annotations
 import gzip
 import hashlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-import tiny_imagenet
-from dependencies import datasets
-from utils import CLASSES, InputError, first_line
-
-DIGITS_DIR = Path(__file__).resolve().parent / "digits"
-
-# Data sets that the recipes augment; a mirrored or shifted digit is no better a digit.
-AUGMENTED = {"cifar10", "tinyimagenet"}
-
-# md5 of pixels and labels, as uint8 without file headers; pixels as (N, C, H, W).
-_FINGERPRINTS = {
-    ("mnist", True): ("6510e85a72c3e9475c492d559d3770d2", "e86ee40d66677c011a9abda399ec8c4d"),
-    ("mnist", False): ("240610fa99e73bfa49df8e7fc24d3206", "073c3904dfbd3e141ff8aa01cfde6b15"),
-    ("cifar10", True): ("11af95666bd6fd7846144e768325bf13", "69c5f3349be54915edfca558b72ad888"),
-    ("cifar10", False): ("f1aa22116df97725db0e47461c45a82b", "251f18ce75337ae9ca5d0dbd7ea62cf4"),
-    ("digits", True): ("10b4fcd9bad0de9d27af358a73feadec", "7dc8a8db1ef897f901ebfc7da7de9514"),
-    ("digits", False): ("191569c3f3903696ecb37f8df7fc6a81", "f8a3d21f400aa73985cb5c2ee250224b"),
-}
+from locallip import tiny_imagenet
+from locallip.dependencies import datasets
+from locallip.files import InputError, expand_home, first_line
+from locallip.images import (  # noqa: F401
+    ImageSet,
+    batch_sizes,
+    channels_last,
+    crop_and_flip,
+    hold_out,
+)
 
 
-@dataclass
-class ImageSet:
-    """Images and labels on one device.
+@dataclass(frozen=True)
+class DataSet:
+    """All there is to know about a data set.
 
     Attributes:
-        images: (N, C, H, W) uint8.
-        labels: (N,) int64.
+        recipe: the published data set whose networks and training script it takes, which may be itself.
+        shape: of an image, (C, H, W).
+        classes: number of them.
+        epsilon: radius of the published evaluation, pixel space.
+        training_images: number of them.
+        read: given the folder of all data sets and whether it is about training, returns pixels (N, C, H, W), as uint8,
+            and labels (N,); downloads what is absent where it can.
+        augmented: whether training crops and mirrors its images; a mirrored or shifted digit is no better a digit.
+        fingerprints: by whether it is about training, the md5 of pixels and labels; None: `read` checks by itself.
+        folder: where its files are, if not in the folder of all data sets.
+        count_classes: given that folder, counts the classes where only a part of them may be there; None: never.
     """
 
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, indices: slice | Tensor) -> ImageSet:
-        return ImageSet(self.images[indices], self.labels[indices])
-
-    def to(self, device: torch.device) -> ImageSet:
-        return ImageSet(self.images.to(device), self.labels.to(device))
-
-    def batches(
-        self,
-        batch_size: int,
-        generator: torch.Generator | None = None,
-        augment: bool = False,
-        count: int | None = None,
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Batches (x, y, indices): x (B, C, H, W) float32 in [0, 1], y (B,), indices (B,) into this set.
-
-        In order without a `generator`; shuffled by it (a CPU generator) otherwise. The last batch may be smaller.
-
-        augment: random crop and flip, drawn from `generator` too. count: of the batches; by default as few as need be.
-        """
-        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        sizes = batch_sizes(len(self), batch_size, count)
-        for indices in order.to(self.labels.device).split(sizes):
-            images = self.images[indices]
-            if augment:
-                images = crop_and_flip(images, generator)
-            yield channels_last(images.float() / 255), self.labels[indices], indices
-
-
-def batch_sizes(images: int, batch_size: int, count: int | None = None) -> list[int]:
-    """Sizes of `count` batches (by default as few as need be) of so many images: full ones first, none empty.
-
-    Only where `count` is too small do batches exceed `batch_size`: the last one, by what is left.
-    """
-    count = -(-images // batch_size) if count is None else count
-    sizes = []
-    for later in reversed(range(count)):
-        left = images - sum(sizes)
-        sizes.append(min(batch_size, left - later) if later else left)
-    return sizes
-
-
-def channels_last(images: Tensor) -> Tensor:
-    """The images (N, C, H, W) in the memory order in which convolutions are fastest.
-
-    With one channel PyTorch takes any order for this one, and then convolves in the other.
-    """
-    channels, height, width = images.shape[1:]
-    images = images.contiguous(memory_format=torch.channels_last)
-    return images.as_strided(images.shape, (channels * height * width, 1, width * channels, channels))
-
-
-def crop_and_flip(images: Tensor, generator: torch.Generator | None = None, padding: int = 4) -> Tensor:
-    """Every image cut at random from itself with a black border, and mirrored left to right half of the time.
-
-    images: (N, C, H, W) on any device. generator: a CPU generator. Returns (N, C, H, W).
-    """
-    count, channels, height, width = images.shape
-    offsets = torch.randint(2 * padding + 1, (2, count, 1), generator=generator).to(images.device)
-    mirrored = torch.randint(2, (count, 1), generator=generator, dtype=torch.bool).to(images.device)
-    across = torch.arange(width, device=images.device)
-    rows = offsets[0] + torch.arange(height, device=images.device)  # (N, H)
-    columns = offsets[1] + torch.where(mirrored, across.flip(0), across)  # (N, W)
-    image = torch.arange(count, device=images.device)[:, None, None, None]
-    channel = torch.arange(channels, device=images.device)[:, None, None]
-    padded = F.pad(images, [padding] * 4)
-    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    recipe: str
+    shape: tuple[int, int, int]
+    classes: int
+    epsilon: float
+    training_images: int
+    read: Callable[[Path, bool], tuple[np.ndarray, np.ndarray]]
+    augmented: bool = False
+    fingerprints: dict[bool, tuple[str, str]] | None = None
+    folder: Path | None = None
+    count_classes: Callable[[Path], int] | None = None
 
 
 def load_data(data: str, data_dir: str | Path, train: bool) -> ImageSet:
-    """A data set by name, on the CPU.
+    """Load a data set by name, on the CPU.
 
     data: `mnist` or `cifar10` (read, or downloaded, by torchvision below `data_dir`), `digits` (shipped with the
         repository) or `tinyimagenet` (unpacked below `data_dir`; its validation set serves as test set).
@@ -131,45 +68,36 @@ def load_data(data: str, data_dir: str | Path, train: bool) -> ImageSet:
     Raises:
         InputError: if it is unknown, cannot be had, or is damaged.
     """
-    if data not in _READERS:
-        raise InputError(f"unknown data '{data}'; choose from {', '.join(_READERS)}")
-    images, labels = _READERS[data](Path(data_dir), train)
-    if data == "tinyimagenet":
-        return ImageSet(torch.from_numpy(images), torch.from_numpy(labels).long())
-    found = tuple(hashlib.md5(array.tobytes()).hexdigest() for array in (images, labels))
-    if found != _FINGERPRINTS[data, train]:
-        folder = DIGITS_DIR if data == "digits" else Path(data_dir)
-        raise InputError(f"the {data} files in {folder} are damaged (wrong md5); delete them and fetch them again")
+    record = _record(data)
+    folder = record.folder or Path(expand_home(data_dir))
+    images, labels = record.read(folder, train)
+    if record.fingerprints is not None:
+        found = tuple(hashlib.md5(array.tobytes()).hexdigest() for array in (images, labels))
+        if found != record.fingerprints[train]:
+            raise InputError(f"the {data} files in {folder} are damaged (wrong md5); delete them and fetch them again")
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels).long())
 
 
 def count_classes(data: str, data_dir: str | Path) -> int:
-    """Number of classes of a data set; of Tiny ImageNet, of which parts are in use too, what is there.
+    """Count the classes of a data set; of Tiny ImageNet, of which parts are in use too, what is there.
 
     Raises:
         InputError: if it is unknown or not there.
     """
-    if data not in CLASSES:
-        raise InputError(f"unknown data '{data}'; choose from {', '.join(CLASSES)}")
-    return len(tiny_imagenet.wnids(Path(data_dir))) if data == "tinyimagenet" else CLASSES[data]
+    record = _record(data)
+    return record.classes if record.count_classes is None else record.count_classes(Path(expand_home(data_dir)))
 
 
-def hold_out(images: ImageSet, count: int, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Split off `count` images drawn at random; returns what is left, and them.
-
-    Raises:
-        InputError: if that leaves nothing.
-    """
-    if count >= len(images):
-        raise InputError(f"--val_split {count} leaves none of the {len(images)} training images")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    return images[order[count:].sort().values], images[order[:count].sort().values]
+def _record(data: str) -> DataSet:
+    if data not in DATA_SETS:
+        raise InputError(f"unknown data '{data}'; choose from {', '.join(DATA_SETS)}")
+    return DATA_SETS[data]
 
 
-def _read_digits(_: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
+def _read_digits(folder: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
     prefix = "train" if train else "t10k"
-    images = _read_idx(DIGITS_DIR / f"{prefix}-images-idx3-ubyte.gz")
-    return images[:, None], _read_idx(DIGITS_DIR / f"{prefix}-labels-idx1-ubyte.gz")
+    images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
+    return images[:, None], _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
 
 
 def _read_idx(path: Path) -> np.ndarray:
@@ -203,9 +131,53 @@ def _read_cifar10(data_dir: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(cifar.data.transpose(0, 3, 1, 2)), np.array(cifar.targets, dtype=np.uint8)
 
 
-_READERS = {
-    "mnist": _read_mnist,
-    "digits": _read_digits,
-    "cifar10": _read_cifar10,
-    "tinyimagenet": tiny_imagenet.load,
+DATA_SETS = {
+    "mnist": DataSet(
+        recipe="mnist",
+        shape=(1, 28, 28),
+        classes=10,
+        epsilon=1.58,
+        training_images=60_000,
+        read=_read_mnist,
+        fingerprints={
+            True: ("6510e85a72c3e9475c492d559d3770d2", "e86ee40d66677c011a9abda399ec8c4d"),
+            False: ("240610fa99e73bfa49df8e7fc24d3206", "073c3904dfbd3e141ff8aa01cfde6b15"),
+        },
+    ),
+    "digits": DataSet(
+        recipe="mnist",
+        shape=(1, 28, 28),
+        classes=10,
+        epsilon=1.58,
+        training_images=6_000,
+        read=_read_digits,
+        fingerprints={
+            True: ("10b4fcd9bad0de9d27af358a73feadec", "7dc8a8db1ef897f901ebfc7da7de9514"),
+            False: ("191569c3f3903696ecb37f8df7fc6a81", "f8a3d21f400aa73985cb5c2ee250224b"),
+        },
+        folder=Path(__file__).resolve().parent / "digits",
+    ),
+    "cifar10": DataSet(
+        recipe="cifar10",
+        shape=(3, 32, 32),
+        classes=10,
+        epsilon=36 / 255,
+        training_images=50_000,
+        read=_read_cifar10,
+        augmented=True,
+        fingerprints={
+            True: ("11af95666bd6fd7846144e768325bf13", "69c5f3349be54915edfca558b72ad888"),
+            False: ("f1aa22116df97725db0e47461c45a82b", "251f18ce75337ae9ca5d0dbd7ea62cf4"),
+        },
+    ),
+    "tinyimagenet": DataSet(
+        recipe="tinyimagenet",
+        shape=tiny_imagenet.SHAPE,
+        classes=200,
+        epsilon=36 / 255,
+        training_images=100_000,
+        read=tiny_imagenet.load,
+        augmented=True,
+        count_classes=tiny_imagenet.count_classes,
+    ),
 }

@@ -18,12 +18,13 @@ from tqdm import tqdm
 import distributed
 import report
 import utils
-from data_load import ImageSet, count_classes, load_data
+from data_load import DATA_SETS, ImageSet, count_classes, load_data
 from dependencies import L2PGDAttack
-from local_bound import STAGES, eliminated, propagate, prove, worst_logits, worst_margin
-from proven_norm import DEPLOYED, ProvenNorms
+from local_bound import propagate, prove, worst_logits, worst_margin
+from locallip.bound.power_iteration import PowerIteration
+from locallip.bound.proof import LANCZOS_STEPS, eliminated
+from locallip.bound.proven_norms import DEPLOYED, ProvenNorms
 from report import CERTIFIED_MULTIPLES, PGD_MULTIPLES, Outcome
-from spectral_norm import PowerIteration
 from utils import InputError
 
 PGD_STEPS = 100
@@ -50,7 +51,7 @@ def arguments(defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
     out = (
         "folder for the report: a CSV row per image, summary.json and pictures; below it, proven/ and estimate/ of both"
     )
-    flag("--out", help=out)
+    flag("--out", type=utils.path, help=out)
     flag("--overwrite", action="store_true", help="replace a report that --out has already")
     parser.set_defaults(**(defaults or {}))
     args = parser.parse_args()
@@ -65,7 +66,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     # What is not given is taken from the checkpoint, where it knows.
     parser.set_defaults(data=None, model=None, width=None)
     flag = parser.add_argument
-    flag("--saved_model", required=True, help="checkpoint file, or the prefix of one (PREFIX_best.pth)")
+    saved = "checkpoint file, or the prefix of one (PREFIX_best.pth)"
+    flag("--saved_model", type=utils.path, required=True, help=saved)
     epsilon = "L2 radius in pixel space (pixels in [0, 1]); default: the paper's for the data set"
     flag("--epsilon", type=utils.natural_float, help=epsilon)
     flag("--images", type=utils.positive_int, help="only the first so many test images; default: all")
@@ -96,7 +98,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[
     utils.load_weights(model, checkpoint["state_dict"], str(path))
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if args.epsilon is None:
-        args.epsilon = utils.EPSILON[args.data]
+        args.epsilon = DATA_SETS[args.data].epsilon
     with distributed.one_per_machine_first():
         images = load_data(args.data, args.data_dir, train=False)
     return model, images.to(device)[: args.images], path, checkpoint
@@ -143,9 +145,9 @@ class Estimate:
         return {
             "margin": worst_margin(bound.logits, y),
             "worst_margin": worst_margin(worst_logits(bound, y, self.args.test_opt_iter), y),
-            "local_bound": bound.local_lipschitz,
-            "global_bound": bound.global_lipschitz.expand(len(x)),
-            "global_radius": global_radius(self.model, bound.logits, y, bound.global_lipschitz),
+            "local_bound": bound.hidden_lipschitz,
+            "global_bound": bound.global_hidden_lipschitz.expand(len(x)),
+            "global_radius": global_radius(self.model, bound.logits, y, bound.global_hidden_lipschitz),
             "eliminated_rows": rows,
             "eliminated_columns": columns,
         }
@@ -178,12 +180,12 @@ class Proven:
         asked = images + len(CERTIFIED_MULTIPLES) * (
             min(images, args.curve_images + args.test_batch_size) if args.out else 0
         )
-        planned = asked * len(self.model) * len(STAGES)
+        planned = asked * len(self.model) * len(LANCZOS_STEPS)
         compares = args.clip or args.deployed != "exact"
         probability = args.failure_probability / (2 if compares else 1) / distributed.processes()
         seed = None if args.certificate_seed is None else args.certificate_seed + 2 * distributed.rank()
         self.norms = ProvenNorms(probability, planned, seed=seed, deployed=args.deployed)
-        self.decided = [0] * (len(STAGES) + 1)
+        self.decided = [0] * (len(LANCZOS_STEPS) + 1)
         # What --clip gains and --deployed costs is measured beside the certificate without them.
         self.plain_norms: ProvenNorms | None = None
         self.plain_certified = 0
@@ -195,24 +197,24 @@ class Proven:
         proof = prove(self.model, x.double(), y, self.args.epsilon, self.norms, self.clip)
         if self.plain_norms is not None:
             plain = prove(self.model, x.double(), y, self.args.epsilon, self.plain_norms)
-            self.plain_certified += int((plain.margin > 0).sum())
+            self.plain_certified += int((plain.worst_margin > 0).sum())
         open_to_the_end = proof.decided.pop()
         for stage, count in enumerate(proof.decided):
             self.decided[stage] += count
         self.decided[-1] += open_to_the_end
         return {
             "margin": worst_margin(proof.logits, y),
-            "worst_margin": proof.margin,
-            "local_bound": proof.local_lipschitz,
-            "global_bound": proof.global_lipschitz.expand(len(x)),
-            "global_radius": global_radius(self.model, proof.logits, y, proof.global_lipschitz),
+            "worst_margin": proof.worst_margin,
+            "local_bound": proof.hidden_lipschitz,
+            "global_bound": proof.global_hidden_lipschitz.expand(len(x)),
+            "global_radius": global_radius(self.model, proof.logits, y, proof.global_hidden_lipschitz),
             "eliminated_rows": proof.eliminated[0],
             "eliminated_columns": proof.eliminated[1],
         }
 
     def at(self, x: Tensor, y: Tensor, epsilon: float) -> Tensor:
         """Certified (N,) at another radius."""
-        return prove(self.model, x.double(), y, epsilon, self.norms, self.clip).margin > 0
+        return prove(self.model, x.double(), y, epsilon, self.norms, self.clip).worst_margin > 0
 
     def describe(self) -> dict[str, Any]:
         """For the summary, of all processes together; `seed` lists theirs if there are several."""
@@ -224,7 +226,7 @@ class Proven:
             "seed": seeds[0] if len(seeds) == 1 else seeds,
             "deployed": self.args.deployed,
             "clip": self.args.clip,
-            "lanczos_steps": list(STAGES),
+            "lanczos_steps": list(LANCZOS_STEPS),
             "decided": [sum(counts) for counts in zip(*distributed.gather(self.decided))],
             "certified_plain": None if self.plain_norms is None else plain_certified,
         }

@@ -19,8 +19,9 @@ from tqdm import tqdm
 import evaluate
 import report
 import utils
-from local_bound import STAGES, propagate, prove
-from proven_norm import ProvenNorms
+from local_bound import propagate, prove
+from locallip.bound.proof import LANCZOS_STEPS
+from locallip.bound.proven_norms import ProvenNorms
 
 
 def attack_labels(model: nn.Sequential, x: Tensor, y: Tensor, epsilon: float, restarts: int) -> Tensor:
@@ -55,7 +56,7 @@ def main() -> None:
     flag = parser.add_argument
     flag("--restarts", type=utils.positive_int, default=10, help="random starts of PGD per certified image")
     flag("--slope_steps", type=utils.positive_int, default=100, help="steps of the attack on the bound")
-    flag("--out", help="folder for the CSV row per image and the picture of bounds and slopes")
+    flag("--out", type=utils.path, help="folder for the CSV row per image and the picture of bounds and slopes")
     flag("--overwrite", action="store_true", help="replace a report that --out has already")
     args = parser.parse_args()
     model, images, _, _ = evaluate.load(args)
@@ -66,24 +67,24 @@ def main() -> None:
         report.refuse_existing(Path(args.out) / "attacks.csv", args.overwrite)
     torch.manual_seed(args.seed)
     exact = copy.deepcopy(model).double()
-    norms = ProvenNorms(args.failure_probability, len(images) * len(model) * (len(STAGES) + 1))
+    norms = ProvenNorms(args.failure_probability, len(images) * len(model) * (len(LANCZOS_STEPS) + 1))
     print(f"seed of the certificates: {norms.seed}")
     found = {"local_bound": [], "global_bound": [], "slope": [], "fallen": []}
     with tqdm(total=len(images), unit="image", disable=None, dynamic_ncols=True) as bar:
         for x, y, _ in images.batches(args.test_batch_size):
             x = x.double()
-            certified = prove(exact, x, y, args.epsilon, norms).margin > 0
+            certified = prove(exact, x, y, args.epsilon, norms).worst_margin > 0
             bar.update(len(x))
             x, y = x[certified], y[certified]
             if not len(x):
                 continue
-            norms.steps = STAGES[2]
+            norms.steps = LANCZOS_STEPS[2]
             with torch.no_grad():
                 bound = propagate(exact, x, args.epsilon, norms)
             found["fallen"].append(attack_labels(exact, x, y, args.epsilon, args.restarts))
             found["slope"].append(attack_slopes(exact[:-1], x, args.epsilon, args.slope_steps))
-            found["local_bound"].append(bound.local_lipschitz)
-            found["global_bound"].append(bound.global_lipschitz.expand(len(x)))
+            found["local_bound"].append(bound.hidden_lipschitz)
+            found["global_bound"].append(bound.global_hidden_lipschitz.expand(len(x)))
     columns = {name: torch.cat(parts).cpu().numpy() if parts else np.empty(0) for name, parts in found.items()}
     finish(columns, len(images), args.epsilon, args.restarts, Path(args.out) if args.out else None)
 

@@ -16,10 +16,12 @@ from tqdm import tqdm
 
 import distributed
 import utils
-from data_load import AUGMENTED, ImageSet, batch_sizes, count_classes, hold_out, load_data
-from fused_activation import compile_activations
-from local_bound import Norms, Position, bcp_loss, gloro_loss, propagate, worst_logits, worst_margin
-from spectral_norm import PowerIteration, StoredVectors
+from data_load import DATA_SETS, ImageSet, batch_sizes, count_classes, hold_out, load_data
+from local_bound import Norms, bcp_loss, gloro_loss, propagate, worst_logits, worst_margin
+from locallip.bound.fused import compile_activations
+from locallip.bound.operators import Position
+from locallip.bound.power_iteration import PowerIteration
+from locallip.training.vectors import StoredVectors
 from utils import InputError, ScriptError, first_line
 
 # Power iterations per step of the first resumed epoch, in place of the singular vectors that checkpoints do not hold.
@@ -318,7 +320,7 @@ class _Run:
             group["lr"] = lr
         tally = Tally(self.device)
         non_finite = torch.full((), self.batches, device=self.device)  # first batch whose loss is not finite
-        augment = self.args.data in AUGMENTED and not self.args.no_augmentation
+        augment = DATA_SETS[self.args.data].augmented and not self.args.no_augmentation
         batches = self.training_set.batches(self.args.batch_size, self.shuffle, augment, self.batches)
         for batch, (x, y, indices) in enumerate(batches):
             moment = epoch + batch / self.batches

@@ -4,170 +4,34 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import ctypes
-import io
 import math
-import os
-import sys
-import tempfile
-import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fused_activation import Clip, activation
-
-_SECONDS_FOR_RANK_0 = 5
-
-
-class ScriptError(Exception):
-    """Ends a script with one line on stderr and this exit code."""
-
-    exit_code = 1
-
-
-class InputError(ScriptError):
-    """Something the user gave cannot be used."""
-
-    exit_code = 2
-
-
-def run_script(main: Callable[[], None]) -> NoReturn:
-    """Run a script's `main`: exit code 2 and one line for bad input, 130 for Ctrl-C."""
-    keep_freed_memory()
-    try:
-        main()
-    except ScriptError as error:
-        _fail(str(error), error.exit_code)
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        _fail("out of memory; lower --batch_size or --test_batch_size", 1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # On a CPU, PyTorch has no type of its own for it.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next tensor; without effect where there is no glibc.
-
-    By default every tensor of more than 32 MB is handed back to the system when freed, and the page faults of the next
-    one cost several times what arithmetic on it does.
-    """
-    trim_threshold, mmap_max = -1, -4  # names of malloc.h
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
-
-
-def _fail(message: str, exit_code: int) -> NoReturn:
-    """End the script with one line, which of several processes says which one it is from."""
-    where = ""
-    if is_launched():
-        where = f"rank {os.environ['RANK']}: "
-        if os.environ["RANK"] != "0":
-            # What fails in all processes alike, such as a wrong flag, is said once: torchrun ends them meanwhile.
-            time.sleep(_SECONDS_FOR_RANK_0)
-    print(f"error: {where}{message}", file=sys.stderr, flush=True)
-    sys.exit(exit_code)
-
-
-def is_launched() -> bool:
-    """Whether this is one of several processes that torchrun has started."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1"
-
-
-# --- activations -----------------------------------------------------------------------------------------------------
-
-
-def _feature_shape(input_size: int | Sequence[int]) -> tuple[int, ...]:
-    """(H,) or (C, H, W), whether or not a leading batch dimension of 1 was given."""
-    shape = (input_size,) if isinstance(input_size, int) else tuple(input_size)
-    if len(shape) in (2, 4) and shape[0] == 1:
-        shape = shape[1:]
-    if len(shape) not in (1, 3):
-        raise ValueError(f"expected the shape (H,) or (C, H, W) of one image's activations, got {tuple(shape)}")
-    return shape
-
-
-class ReLU_x(nn.Module):
-    """Clipped ReLU, min(max(x, 0), threshold), with one learnable threshold >= 0 per entry (paper, section 4).
-
-    Args:
-        input_size: (C, H, W) or (H,), with or without a leading 1 for the batch.
-        init: start value of every threshold.
-    """
-
-    def __init__(self, input_size: int | Sequence[int], init: float = 1.0):
-        super().__init__()
-        self.threshold = nn.Parameter(torch.full((1, *_feature_shape(input_size)), float(init)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return activation(x, Clip(0.0, self.threshold))
-
-    @torch.no_grad()
-    def project(self) -> None:
-        """Bring the thresholds back to what the layer's definition allows; to be called after an optimizer step."""
-        self.threshold.clamp_(min=0)
-
-
-class ClampGroupSort(nn.Module):
-    """Clipped MaxMin: the channels split in halves a | b, out = [min(max(a, b), max), max(min(a, b), min)].
-
-    Args:
-        input_size: (C, H, W) or (H,) with C or H even, with or without a leading 1 for the batch.
-        maxthres, minthres: start values of the learnable `max` and `min`, one each per entry of a half.
-    """
-
-    def __init__(self, input_size: int | Sequence[int], maxthres: float, minthres: float):
-        super().__init__()
-        channels, *rest = _feature_shape(input_size)
-        if channels % 2:
-            raise ValueError(f"clipped MaxMin pairs the channels, so their number must be even, got {channels}")
-        self.min = nn.Parameter(torch.full((1, channels // 2, *rest), float(minthres)))
-        self.max = nn.Parameter(torch.full((1, channels // 2, *rest), float(maxthres)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return activation(x, Clip(self.min, self.max, pairs=True))
-
-
-class Normalize(nn.Module):
-    """(x - mean) / std for every channel, as a first layer; radii stay in the space before it.
-
-    Args:
-        mean, std: one number per channel, or one for all.
-    """
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]):
-        super().__init__()
-        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.get_default_dtype()).flatten())
-        self.register_buffer("std", torch.as_tensor(std, dtype=torch.get_default_dtype()).flatten())
-        if not (self.std > 0).all():
-            raise ValueError(f"every standard deviation must be above 0, got {self.std.tolist()}")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean[:, None, None]) / self.std[:, None, None]
-
+from data_load import DATA_SETS
+from locallip.bound.layers import ClampGroupSort, ReLU_x
+from locallip.checkpoints import load_checkpoint, load_weights, save_checkpoint  # noqa: F401
+from locallip.files import (  # noqa: F401
+    InputError,
+    ScriptError,
+    check_writable,
+    exists,
+    expand_home,
+    fail,
+    first_line,
+    is_launched,
+    keep_freed_memory,
+    run_script,
+    write_atomically,
+    write_csv,
+)
 
 # --- architectures ---------------------------------------------------------------------------------------------------
-
-INPUT_SHAPES = {"mnist": (1, 28, 28), "digits": (1, 28, 28), "cifar10": (3, 32, 32), "tinyimagenet": (3, 64, 64)}
-CLASSES = {"mnist": 10, "digits": 10, "cifar10": 10, "tinyimagenet": 200}
-# Radius of the published evaluation, in pixel space.
-EPSILON = {"mnist": 1.58, "digits": 1.58, "cifar10": 36 / 255, "tinyimagenet": 36 / 255}
 
 
 @dataclass(frozen=True)
@@ -205,14 +69,12 @@ _8C2F = Architecture(
     (256,),
 )
 _8C2F_THRESHOLDS = tuple((start, -start) for start in (0.8, 1.0, 1.4, 1.4, 1.4, 1.6, 2.0, 3.0, 1.6))
-_MNIST = {
-    "relux": _4C3F,
-    "standrelu": replace(_4C3F, activation="relu"),
-    "c4f3_clmaxmin": replace(_4C3F, activation="clmaxmin", thresholds=((1.0, -1.0),) * 6),
-}
-MODELS = {
-    "mnist": _MNIST,
-    "digits": _MNIST,
+_ARCHITECTURES = {
+    "mnist": {
+        "relux": _4C3F,
+        "standrelu": replace(_4C3F, activation="relu"),
+        "c4f3_clmaxmin": replace(_4C3F, activation="clmaxmin", thresholds=((1.0, -1.0),) * 6),
+    },
     "cifar10": {
         "relux": _4C3F,
         "c6f2_relux": _6C2F,
@@ -224,6 +86,7 @@ MODELS = {
         "tiny_clmaxmin": replace(_8C2F, activation="clmaxmin", thresholds=_8C2F_THRESHOLDS),
     },
 }
+MODELS = {data: _ARCHITECTURES[record.recipe] for data, record in DATA_SETS.items()}
 
 
 def select_model(
@@ -265,7 +128,7 @@ def select_model(
     def scaled(units: int) -> int:
         return max(1, round(units * width / even)) * even
 
-    channels, *size = INPUT_SHAPES[data]
+    channels, *size = DATA_SETS[data].shape
     layers: list[nn.Module] = []
     for number, (out_channels, kernel, stride, padding) in enumerate(architecture.convolutions):
         out_channels = scaled(out_channels)
@@ -288,7 +151,7 @@ def select_model(
             nn.init.orthogonal_(dense.weight)
         layers += [dense, architecture.make_activation(number, (units,), init)]
         features = units
-    layers.append(nn.Linear(features, classes or CLASSES[data]))
+    layers.append(nn.Linear(features, classes or DATA_SETS[data].classes))
     return nn.Sequential(*layers)
 
 
@@ -347,7 +210,17 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        _fail(f"{message} (--help lists the flags)", 2)
+        fail(f"{message} (--help lists the flags)", 2)
+
+
+def path(text: str) -> str:
+    """A file or folder, `~` and `~user` expanded."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a file or folder")
+    try:
+        return expand_home(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive_int(text: str) -> int:
@@ -411,7 +284,8 @@ def add_common_flags(parser: argparse.ArgumentParser, data_sets: Sequence[str]) 
     """The flags that training and evaluation share."""
     models = sorted({model for data in data_sets for model in MODELS[data]})
     parser.add_argument("--data", choices=data_sets, default=data_sets[0], help="data set")
-    parser.add_argument("--data_dir", default="data", help="folder of the data sets; absent ones are downloaded there")
+    below = "folder of the data sets; absent ones are downloaded there"
+    parser.add_argument("--data_dir", type=path, default="data", help=below)
     parser.add_argument("--model", choices=models, default="relux", help="network")
     parser.add_argument("--width", type=positive_float, default=1.0, help="fraction of the published channel numbers")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -434,8 +308,8 @@ def training_arguments(
     parser = ArgumentParser(description)
     add_common_flags(parser, data_sets)
     flag = parser.add_argument
-    flag("--prefix", help="names the run's files, below --output_dir; default: DATA_MODEL")
-    flag("--output_dir", default="runs", help="folder of checkpoints and logs")
+    flag("--prefix", type=path, help="names the run's files, below --output_dir; default: DATA_MODEL")
+    flag("--output_dir", type=path, default="runs", help="folder of checkpoints and logs")
     flag("--resume", action="store_true", help="go on from the run's last checkpoint")
     flag("--overwrite", action="store_true", help="start afresh even if the prefix has a run already")
     flag("--epochs", type=positive_int, help="length of the training")
@@ -493,119 +367,3 @@ def training_arguments(
             f"lower --warmup and --rampup too, or shorten all with --scale"
         )
     return args
-
-
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: `path` is never half written.
-
-    Raises:
-        InputError: if the place cannot be written to.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        raise InputError(f"cannot write {path}: {first_line(error)}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, short enough for one line."""
-    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:160]
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
-    """Write rows, whole or not at all. columns: their keys; None: those of the first row."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if columns is None else columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
-
-
-def exists(path: Path) -> bool:
-    """Whether there is a file or folder of that name.
-
-    Raises:
-        InputError: if that cannot be found out.
-    """
-    try:
-        return path.exists()
-    except OSError as error:  # such as a name that is too long
-        raise InputError(f"cannot look for {path}: {first_line(error)}") from None
-
-
-def check_writable(folder: Path) -> None:
-    """Create `folder` if need be and make sure that a file can be written there.
-
-    Raises:
-        InputError: if it cannot.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"cannot write into {folder}: {first_line(error)}") from None
-
-
-def save_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
-    """Write a checkpoint under a temporary name, then rename it."""
-    write_atomically(path, lambda temporary: torch.save(dict(checkpoint), temporary))
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint as a dict with at least `state_dict`, on the CPU.
-
-    Takes the published layout {'state_dict', 'err', 'epoch'}, a bare state dict, and keys with a `module.` prefix.
-
-    Raises:
-        InputError: if the file is missing, damaged or no checkpoint.
-    """
-    if not (exists(path) and path.is_file()):
-        raise InputError(f"no checkpoint at {path}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
-        # The unpickler fails in many ways on foreign bytes, and its texts advise to load without protection.
-        raise InputError(f"{path} is damaged, or is no checkpoint of weights alone") from None
-    checkpoint = dict(content) if isinstance(content, dict) and "state_dict" in content else {"state_dict": content}
-    state = checkpoint["state_dict"]
-    if not (isinstance(state, dict) and state and all(map(_is_weight, state.items()))):
-        raise InputError(f"{path} is no checkpoint: it holds no state dict")
-    checkpoint["state_dict"] = {key.removeprefix("module."): value for key, value in state.items()}
-    return checkpoint
-
-
-def _is_weight(item: tuple[Any, Any]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
-
-
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load a state dict into a model, all or nothing.
-
-    Raises:
-        InputError: if names or shapes belong to another architecture, or a weight is not finite.
-    """
-    expected = model.state_dict()
-    for key in [*expected, *state]:
-        if key not in state:
-            raise InputError(f"{source} is of another architecture: it has no '{key}'")
-        if key not in expected:
-            raise InputError(f"{source} is of another architecture: '{key}' does not belong to the chosen model")
-        if state[key].shape != expected[key].shape:
-            ours, theirs = tuple(expected[key].shape), tuple(state[key].shape)
-            raise InputError(f"{source} is of another architecture: '{key}' is {theirs}, the chosen model has {ours}")
-        if not torch.isfinite(state[key]).all():
-            raise InputError(f"{source} is unusable: '{key}' holds NaN or infinity")
-    model.load_state_dict(state)

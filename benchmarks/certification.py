@@ -21,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluate
 import utils
-from local_bound import STAGES, propagate, prove, worst_logits, worst_margin
-from proven_norm import ProvenNorms
-from spectral_norm import PowerIteration
+from local_bound import propagate, prove
+from locallip.bound.power_iteration import PowerIteration
+from locallip.bound.proof import LANCZOS_STEPS, worst_logits, worst_margin
+from locallip.bound.proven_norms import ProvenNorms
 
 
 def timed(work: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor, float]:
@@ -47,18 +48,18 @@ def main() -> None:
     flag = parser.add_argument
     flag("--test_sniter", type=utils.positive_int, default=2000, help="power iterations of the published protocol")
     flag("--sample_batches", type=utils.positive_int, default=1, help="batches that the published protocol is timed on")
-    flag("--json", help="file for the figures")
+    flag("--json", type=utils.path, help="file for the figures")
     args = parser.parse_args()
     model, images, _, _ = evaluate.load(args)
     if args.json:
         utils.check_writable(Path(args.json).parent)
     exact, device = copy.deepcopy(model).double(), images.labels.device
-    norms = ProvenNorms(args.failure_probability, len(images) * len(model) * len(STAGES))
+    norms = ProvenNorms(args.failure_probability, len(images) * len(model) * len(LANCZOS_STEPS))
     batches = list(images.batches(args.test_batch_size))
     every = max(1, len(batches) // args.sample_batches)
     proven, estimated, proven_on_sample, seconds, published = 0, 0, 0, 0.0, []
     for number, (x, y, _) in enumerate(tqdm(batches, unit="batch", disable=None)):
-        margin, taken = timed(lambda x=x, y=y: prove(exact, x.double(), y, args.epsilon, norms).margin, device)
+        margin, taken = timed(lambda x=x, y=y: prove(exact, x.double(), y, args.epsilon, norms).worst_margin, device)
         proven, seconds = proven + int((margin > 0).sum()), seconds + taken
         if number % every == 0 and len(published) < args.sample_batches:
 

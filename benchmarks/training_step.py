@@ -34,12 +34,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
 from benchmarks.certification import timed
-from data_load import channels_last
+from data_load import DATA_SETS, channels_last
 from evaluate import global_radius
-from fused_activation import compile_activations
-from local_bound import STAGES, propagate, prove
-from proven_norm import ProvenNorms
-from spectral_norm import PowerIteration, StoredVectors
+from local_bound import propagate, prove
+from locallip.bound.fused import compile_activations
+from locallip.bound.power_iteration import PowerIteration
+from locallip.bound.proof import LANCZOS_STEPS
+from locallip.bound.proven_norms import ProvenNorms
+from locallip.training.vectors import StoredVectors
 from training import Layout, RobustLoss, Step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,8 +86,8 @@ class Bench:
         torch.manual_seed(args.seed)
         model = utils.select_model(args.data, args.model, args.init, width).to(device)
         self.batch_size = CPU_BATCH.get(args.data, args.batch_size) if device.type == "cpu" else args.batch_size
-        x = torch.rand(self.batch_size, *utils.INPUT_SHAPES[args.data], device=device)
-        y = torch.randint(utils.CLASSES[args.data], (len(x),), device=device)
+        x = torch.rand(self.batch_size, *DATA_SETS[args.data].shape, device=device)
+        y = torch.randint(DATA_SETS[args.data].classes, (len(x),), device=device)
         self.plain = _plain_step(copy.deepcopy(model), x, y)
         self.model, self.images = model.to(memory_format=torch.channels_last), channels_last(x)
         layout = Layout.of(self.model, self.images[:1], args.indices)
@@ -159,12 +161,12 @@ def _process_bytes(entry: str) -> int:
 def certified_seconds(bench: Bench, count: int) -> float:
     """Seconds per 1,000 images to certify a fresh network, at the radius at which the global bound just fails."""
     model, x = copy.deepcopy(bench.model).double().eval(), bench.images[:count].double()
-    norms = ProvenNorms(1e-6, count * len(model) * len(STAGES))
+    norms = ProvenNorms(1e-6, count * len(model) * len(LANCZOS_STEPS))
     norms.steps = 0
     bound = propagate(model, x, 0.0, norms)
     y = bound.logits.argmax(dim=1)
-    radius = 1.02 * global_radius(model, bound.logits, y, bound.global_lipschitz)
-    _, seconds = timed(lambda: prove(model, x, y, radius, norms).margin, x.device)
+    radius = 1.02 * global_radius(model, bound.logits, y, bound.global_hidden_lipschitz)
+    _, seconds = timed(lambda: prove(model, x, y, radius, norms).worst_margin, x.device)
     return 1000 * seconds / len(x)
 
 
@@ -226,7 +228,7 @@ def main() -> None:
     flag("--compile", choices=["yes", "no"], default="yes", help="compile element-wise work")
     flag("--bfloat16", action="store_true", help="time steps with convolutions in bfloat16 too")
     flag("--certified_images", type=utils.positive_int, default=8, help="images that are certified")
-    flag("--json", default="results/bench/training_step.json", help="file for the figures")
+    flag("--json", type=utils.path, default="results/bench/training_step.json", help="file for the figures")
     options = parser.parse_args()
     device = utils.select_device(options.device)
     path = Path(options.json)

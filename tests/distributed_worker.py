@@ -8,13 +8,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from locallip.bound.power_iteration import PowerIteration
+
 import distributed
 import evaluate
 import training
 import utils
 from data_load import ImageSet, load_data
 from local_bound import propagate
-from spectral_norm import PowerIteration
 from training import RobustLoss, Tally, count_batches, loss_weights
 
 IMAGES = 11  # shared by 2 or 4 processes, it leaves parts of different sizes

@@ -2,14 +2,15 @@
 
 import pickle
 import shutil
+from dataclasses import replace
 from urllib.error import URLError
 
 import pytest
 import torch
 from conftest import TINY, spawn
 
-import data_load
 import utils
+from data_load import DATA_SETS
 
 
 def contents(folder):
@@ -82,6 +83,8 @@ BAD_FLAGS = [
     (["--seed", str(2**64)], "--seed"),
     (["--device", "cuda:99"], "cuda:99"),
     (["--device", "tpu"], "tpu"),
+    (["--data_dir=~nobody-of-that-name/data"], "--data_dir: there is no home folder '~nobody-of-that-name'"),
+    (["--data_dir", ""], "--data_dir: must name a file or folder"),
 ]
 BAD_TRAINING_FLAGS = [
     (["--epsilon_train", "-0.1"], "--epsilon_train"),
@@ -93,6 +96,8 @@ BAD_TRAINING_FLAGS = [
     (["--scale", "nan"], "--scale"),
     (["--scale", "1e307"], "--scale"),
     (["--prefix", "/"], "--prefix"),
+    (["--prefix=~nobody-of-that-name/x"], "--prefix: there is no home folder"),
+    (["--output_dir=~nobody-of-that-name"], "--output_dir: there is no home folder"),
     (["--prefix", "runs/.."], "--prefix"),
     (["--rampup", "-1"], "--rampup"),
     (["--lr", "0"], "--lr"),
@@ -113,6 +118,12 @@ def test_training_refuses_bad_flags(training_refused, flags, complaint):
 @pytest.mark.parametrize(("flags", "complaint"), [*BAD_FLAGS, (["--images", "0"], "--images")])
 def test_evaluation_refuses_bad_flags(evaluation_refused, saved_net, flags, complaint):
     evaluation_refused(complaint, saved_net, *flags)
+
+
+@pytest.mark.parametrize("script", ["evaluate", "falsify"])
+@pytest.mark.parametrize("flag", ["--saved_model", "--out"])
+def test_paths_below_no_home_folder_are_refused(refused, saved_net, script, flag):
+    refused(f"{flag}: there is no home folder", script, "--saved_model", saved_net, f"{flag}=~nobody-of-that-name/x")
 
 
 def test_evaluation_asks_for_a_model(refused):
@@ -227,8 +238,8 @@ def flip_a_byte(path):
 @pytest.fixture
 def digits_copy(tmp_path, monkeypatch):
     folder = tmp_path / "digits"
-    shutil.copytree(data_load.DIGITS_DIR, folder)
-    monkeypatch.setattr(data_load, "DIGITS_DIR", folder)
+    shutil.copytree(DATA_SETS["digits"].folder, folder)
+    monkeypatch.setitem(DATA_SETS, "digits", replace(DATA_SETS["digits"], folder=folder))
     return folder
 
 

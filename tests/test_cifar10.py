@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -15,12 +16,13 @@ import torch.nn.functional as F
 from conftest import WIDTH, read_csv
 from torch import nn
 
-import data_load
 import evaluate
 import train_cifar10
 import training
 import utils
-from data_load import ImageSet, crop_and_flip, load_data
+from data_load import DATA_SETS, load_data
+from locallip.dependencies import datasets
+from locallip.images import ImageSet, crop_and_flip
 from utils import ClampGroupSort, InputError, ReLU_x
 
 MODELS = ("relux", "c6f2_relux", "c6f2_clmaxmin", "standrelu")
@@ -254,15 +256,16 @@ def official_files(tmp_path, monkeypatch, no_network):
         return [name, md5((folder / name).read_bytes())]
 
     random = np.random.default_rng(0)
+    fingerprints = {}
     for train, names in BATCHES.items():
         pixels = random.integers(256, size=(len(names), 6, 3 * 32 * 32), dtype=np.uint8)
         labels = random.integers(10, size=(len(names), 6)).tolist()
         listed = [write(name, {"data": p, "labels": y}) for name, p, y in zip(names, pixels, labels)]
-        monkeypatch.setattr(data_load.datasets.CIFAR10, "train_list" if train else "test_list", listed)
-        known = md5(pixels.tobytes()), md5(np.array(labels, dtype=np.uint8).tobytes())
-        monkeypatch.setitem(data_load._FINGERPRINTS, ("cifar10", train), known)
+        monkeypatch.setattr(datasets.CIFAR10, "train_list" if train else "test_list", listed)
+        fingerprints[train] = md5(pixels.tobytes()), md5(np.array(labels, dtype=np.uint8).tobytes())
+    monkeypatch.setitem(DATA_SETS, "cifar10", replace(DATA_SETS["cifar10"], fingerprints=fingerprints))
     name, known = write("batches.meta", {"label_names": list("abcdefghij")})
-    monkeypatch.setattr(data_load.datasets.CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": known})
+    monkeypatch.setattr(datasets.CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": known})
     return folder
 
 
@@ -297,7 +300,8 @@ def test_a_damaged_batch_is_refused_with_one_line(official_files, call, tmp_path
 
 
 def test_files_of_other_images_are_refused_as_damaged(official_files, monkeypatch):
-    monkeypatch.setitem(data_load._FINGERPRINTS, ("cifar10", False), (md5(b""), md5(b"")))
+    fingerprints = {False: (md5(b""), md5(b""))}
+    monkeypatch.setitem(DATA_SETS, "cifar10", replace(DATA_SETS["cifar10"], fingerprints=fingerprints))
     with pytest.raises(InputError, match="damaged"):
         load_data("cifar10", official_files.parent, train=False)
 
@@ -354,7 +358,7 @@ def test_training_augments_unless_told_not_to(official_files, call, tmp_path, mo
         batches.append(len(images))
         return images
 
-    monkeypatch.setattr(data_load, "crop_and_flip", record)
+    monkeypatch.setattr("locallip.images.crop_and_flip", record)
     for flags, expected in ([["--no_augmentation"], []], [[], [10, 10, 10]]):
         few = [*FEW, "--epochs", 1, *flags, "--data_dir", official_files.parent, "--output_dir", tmp_path]
         assert call("train_cifar10", *few, "--overwrite").code == 0

@@ -7,8 +7,8 @@ import torch
 from conftest import spawn
 from torch import nn
 
-import dependencies
-from dependencies import L2PGDAttack
+from locallip import dependencies
+from locallip.dependencies import L2PGDAttack
 
 # Run where torchvision's own loading of its compiled operators fails, whatever this machine has.
 WITHOUT_OPERATORS = """
@@ -16,7 +16,7 @@ import torch
 def load_library(path):
     raise OSError("libcudart.so: cannot open shared object file")
 torch.ops.load_library = load_library
-import dependencies
+from locallip import dependencies
 print(dependencies.datasets.MNIST.__name__)
 try:
     torch.ops.torchvision.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)

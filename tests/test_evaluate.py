@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from locallip.bound.power_iteration import PowerIteration
 
 import evaluate
 from local_bound import propagate, worst_logits, worst_margin
-from spectral_norm import PowerIteration
 
 MULTIPLES = [0.0, 0.5, 0.75, 1.0, 1.5, 2.0]
 

@@ -5,20 +5,22 @@ import shutil
 import subprocess
 import sys
 
+import fused_activation
 import pytest
 import torch
 from conftest import ROOT
+from locallip.bound.activations import Clip, ClippedMaxMin
+from locallip.bound.fused import activation, through_activation
+from locallip.bound.power_iteration import PowerIteration
+from locallip.training.vectors import StoredVectors
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fused_activation
 import local_bound
 import training
 from data_load import channels_last
-from fused_activation import Clip, activation, through_activation
 from local_bound import bcp_loss, propagate, worst_logits
-from spectral_norm import PowerIteration, StoredVectors
-from utils import ClampGroupSort, ReLU_x
+from locallip.bound.layers import ClampGroupSort, ReLU_x
 
 IMAGES = 6
 SHAPES = {"map": (4, 3, 5), "dense": (8,)}

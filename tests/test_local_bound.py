@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from local_bound import Bound, bcp_loss, gloro_logits, gloro_loss, propagate, worst_logits, worst_margin
-from spectral_norm import PowerIteration
-from utils import ClampGroupSort, Normalize, ReLU_x
+from locallip.bound.power_iteration import PowerIteration
+from locallip.bound.layers import ClampGroupSort, Normalize, ReLU_x
 
 KINDS = ("relux", "relu", "maxmin", "mixture", "normalized")
 EPSILONS = (0.05, 0.4, 2.0)
@@ -199,9 +199,9 @@ def test_slopes_stay_below_the_local_bound_and_that_below_the_global_one(case):
     hidden = outputs_of(case.model, case.points, -1)
     run = (case.points - case.x).flatten(2).norm(dim=2)
     slopes = (hidden - case.bound.center).norm(dim=2) / run
-    assert (slopes <= case.bound.local_lipschitz * (1 + 1e-6) + 1e-9).all()
-    assert (case.bound.local_lipschitz <= case.bound.global_lipschitz * (1 + 1e-6)).all()
-    torch.testing.assert_close(case.bound.radius, case.epsilon * case.bound.local_lipschitz)
+    assert (slopes <= case.bound.hidden_lipschitz * (1 + 1e-6) + 1e-9).all()
+    assert (case.bound.hidden_lipschitz <= case.bound.global_hidden_lipschitz * (1 + 1e-6)).all()
+    torch.testing.assert_close(case.bound.radius, case.epsilon * case.bound.hidden_lipschitz)
 
 
 def dense_matrix(layer, shape):
@@ -227,8 +227,8 @@ def test_local_norms_are_those_of_the_masked_matrices(case):
 
 def test_lipschitz_bounds_are_the_products_of_the_norms(case):
     bound = case.bound
-    torch.testing.assert_close(bound.local_lipschitz, torch.stack(list(bound.local_norms.values())).prod(dim=0))
-    torch.testing.assert_close(bound.global_lipschitz, torch.stack(list(bound.global_norms.values())).prod())
+    torch.testing.assert_close(bound.hidden_lipschitz, torch.stack(list(bound.local_norms.values())).prod(dim=0))
+    torch.testing.assert_close(bound.global_hidden_lipschitz, torch.stack(list(bound.global_norms.values())).prod())
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_a_radius_per_image_is_like_separate_calls(kind):
     for image, radius in enumerate(radii):
         own = slice(image, image + 1)
         alone = walk(model, x[own], radius.item())
-        for name in ("lower", "upper", "radius", "local_lipschitz"):
+        for name in ("lower", "upper", "radius", "hidden_lipschitz"):
             torch.testing.assert_close(getattr(together, name)[own], getattr(alone, name), rtol=1e-5, atol=1e-9)
         torch.testing.assert_close(
             worst_logits(together, y, 1000)[own], worst_logits(alone, y[own], 1000), rtol=1e-5, atol=1e-9
@@ -333,7 +333,7 @@ def rescaled(case, request):
 
 def steps_of(bound, y):
     """Directions (N, K, H) of the wrong logits, and box and radius around the center, ready to broadcast."""
-    direction = bound.last_weight - bound.last_weight[y][:, None]
+    direction = bound.last.weight - bound.last.weight[y][:, None]
     lower, upper = (bound.lower - bound.center)[:, None], (bound.upper - bound.center)[:, None]
     return tuple(t.detach() for t in (direction, lower, upper, bound.radius[:, None, None]))
 
@@ -475,7 +475,7 @@ def test_a_dead_layer_has_norm_zero_and_finite_gradients(loss):
     nn.init.constant_(model[2].bias, -100)
     bound = walk(model, x, 0.3)
     assert (bound.local_norms[2] == 0).all()
-    assert (bound.local_lipschitz == 0).all()
+    assert (bound.hidden_lipschitz == 0).all()
     torch.testing.assert_close(worst_logits(bound, y), bound.logits)
     assert_finite_gradients(loss(bound, y, 1), model)
 
@@ -495,7 +495,7 @@ def test_zero_weights_have_finite_gradients(model, loss):
         nn.init.zeros_(parameter)
     y = torch.arange(IMAGES)
     bound = walk(model, images(1, 6, 6), 0.3)
-    assert (bound.global_lipschitz == 0).all()
+    assert (bound.global_hidden_lipschitz == 0).all()
     assert (worst_logits(bound, y) == 0).all()
     assert_finite_gradients(loss(bound, y, 10), model)
 

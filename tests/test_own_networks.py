@@ -9,13 +9,13 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import ROOT
+from locallip.bound.power_iteration import PowerIteration
 from test_local_bound import BATCH_NORMS, clipped_relu, dense_matrix, outputs_of, points_in_the_ball
 from torch import nn
 
 import local_bound
 from local_bound import Bound, certified_radius, certify, local_lipschitz, propagate, rule
-from spectral_norm import PowerIteration
-from utils import Normalize
+from locallip.bound.layers import Normalize
 
 IMAGES, CLASSES = 4, 5
 MAPS, ENTRIES = (2, 6, 6), (12,)
@@ -251,9 +251,9 @@ def test_local_bounds_grow_with_the_ball_and_stay_below_the_global_one(model, x)
 
 def test_bounds_are_the_products_of_the_norms(model, x, epsilon):
     bounds = local_lipschitz(model, x, epsilon)
-    assert bounds.local.shape == (IMAGES,)
-    torch.testing.assert_close(torch.stack(list(bounds.local_norms.values())).prod(dim=0), bounds.local)
-    torch.testing.assert_close(torch.stack(list(bounds.global_norms.values())).prod(), bounds.everywhere)
+    assert bounds.lipschitz.shape == (IMAGES,)
+    torch.testing.assert_close(torch.stack(list(bounds.local_norms.values())).prod(dim=0), bounds.lipschitz)
+    torch.testing.assert_close(torch.stack(list(bounds.global_norms.values())).prod(), bounds.global_hidden_lipschitz)
 
 
 def test_the_last_layer_counts_with_the_columns_that_can_vary():
@@ -268,8 +268,8 @@ def test_a_linear_network_has_its_matrix_norm_everywhere():
     model = settled(nn.Linear(12, CLASSES))
     bounds = local_lipschitz(model, images(12), 0.3)
     true = norm_of(model[0].weight.detach())
-    torch.testing.assert_close(bounds.everywhere, true)
-    torch.testing.assert_close(bounds.local, true.expand(IMAGES))
+    torch.testing.assert_close(bounds.global_hidden_lipschitz, true)
+    torch.testing.assert_close(bounds.lipschitz, true.expand(IMAGES))
 
 
 def test_a_certified_label_does_not_change_in_the_ball(model, x, y):
@@ -428,7 +428,7 @@ def test_there_must_be_one_label_for_every_image(ask, y, certificate):
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 PUBLIC = {
-    "local_lipschitz": lambda model, x: local_lipschitz(model, x, 0.1),
+    "hidden_lipschitz": lambda model, x: local_lipschitz(model, x, 0.1),
     "certify": lambda model, x: certify(model, x, torch.zeros(IMAGES, dtype=torch.long), 0.1),
     "certified_radius": certified_radius,
     "certified_radius, estimated": functools.partial(certified_radius, certificate="estimate"),

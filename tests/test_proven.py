@@ -8,16 +8,18 @@ import torch
 from conftest import TINY, WIDTH
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from locallip.bound.lanczos import inflation, largest_ritz_value
+from locallip.bound.proven_norms import ProvenNorms, torus_bound
+from locallip.bound.rounding import FLOAT32, Rounding
+from locallip.bound.operators import Conv, Dense
+from locallip.bound.power_iteration import PowerIteration
 from test_local_bound import clipped_relu, dense_matrix, points_in_the_ball
 from test_own_networks import ExactNorms as PublishedWalk
 from torch import nn
 
 import utils
-from local_bound import STAGES, certify, propagate, prove, worst_logits, worst_margin
-from proven_norm import ProvenNorms, _inflation, _largest_ritz_value, torus_bound
-from rounding import FLOAT32, Rounding
-from spectral_norm import Conv, Dense, PowerIteration
-from utils import Normalize
+from local_bound import LANCZOS_STEPS, certify, propagate, prove, worst_logits, worst_margin
+from locallip.bound.layers import Normalize
 
 examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 SURELY = 1e-6  # failure probability
@@ -251,14 +253,14 @@ def test_more_norms_than_planned_are_refused():
 
 @pytest.mark.parametrize(("steps", "percent"), [(100, 8.8), (200, 2.1), (300, 0.9), (500, 0.3)])
 def test_the_inflation_is_the_one_calculated_for_the_papers_net(steps, percent):
-    inflation = _inflation(torch.tensor([32_768.0], dtype=torch.float64), steps, 1e-6 / 70_000)
+    inflation = inflation(torch.tensor([32_768.0], dtype=torch.float64), steps, 1e-6 / 70_000)
     assert 100 * (inflation.item() ** 7 - 1) == pytest.approx(percent, abs=0.05)
 
 
 @examples
 @given(st.integers(1, 10**6), st.integers(2, 1000), st.floats(1e-12, 0.5))
 def test_the_inflation_solves_the_bound_of_kuczynski_and_wozniakowski(dimension, steps, probability):
-    inflation = _inflation(torch.tensor([float(dimension)], dtype=torch.float64), steps, probability).item()
+    inflation = inflation(torch.tensor([float(dimension)], dtype=torch.float64), steps, probability).item()
     t = 1 - inflation**-2
     bound = 1.648 * math.sqrt(dimension) * math.exp(-math.sqrt(t) * (2 * steps - 1))
     if math.isfinite(inflation):
@@ -340,7 +342,7 @@ def test_lanczos_keeps_its_orthogonality_on_an_ill_conditioned_operator(smallest
     basis = torch.linalg.qr(torch.randn(60, 60, dtype=torch.float64))[0]
     values = torch.logspace(0, math.log10(smallest), 60, dtype=torch.float64)
     matrix = basis * values @ basis.T
-    found = _largest_ritz_value(lambda v: v @ matrix, lambda: torch.randn(3, 60, dtype=torch.float64), steps=200)
+    found = largest_ritz_value(lambda v: v @ matrix, lambda: torch.randn(3, 60, dtype=torch.float64), steps=200)
     torch.testing.assert_close(found, torch.ones_like(found), rtol=1e-9, atol=0)
 
 
@@ -352,7 +354,7 @@ def test_lanczos_finds_a_leader_that_its_start_vector_has_hardly_any_part_in():
     def draw():
         return next(starts, torch.randn(1, 200, dtype=torch.float64))
 
-    found = _largest_ritz_value(lambda v: v * values, draw, steps=25)
+    found = largest_ritz_value(lambda v: v * values, draw, steps=25)
     torch.testing.assert_close(found, torch.ones_like(found), rtol=1e-9, atol=0)
 
 
@@ -377,7 +379,7 @@ def test_no_float32_network_that_overflows_or_underflows_is_certified(scale):
     net = stack_of(([[scale]], [0.0]), ([[scale]], [0.0]), ([[1.0], [0.0]], [0.0, 0.0]))
     x, y = torch.tensor([[0.5]]).double(), torch.tensor([0])
     norms = ProvenNorms(SURELY, 100, deployed="float32")
-    assert not (prove(net, x, y, 0.1, norms).margin > 0).any()
+    assert not (prove(net, x, y, 0.1, norms).worst_margin > 0).any()
 
 
 # --- proofs ----------------------------------------------------------------------------------------------------------
@@ -421,9 +423,9 @@ def exact_margin(net, epsilon):
 @pytest.mark.parametrize("epsilon", RADII)
 def test_no_margin_exceeds_that_of_brute_force(net, epsilon):
     proof, best = proof_of(net, epsilon), exact_margin(net, epsilon)
-    assert (proof.margin <= best).all()
-    assert (proof.margin > 0).sum() >= (best > 0).sum() - 1
-    assert (proof.local_lipschitz >= propagate(net[0], net[1], epsilon, EXACT).local_lipschitz).all()
+    assert (proof.worst_margin <= best).all()
+    assert (proof.worst_margin > 0).sum() >= (best > 0).sum() - 1
+    assert (proof.hidden_lipschitz >= propagate(net[0], net[1], epsilon, EXACT).local_lipschitz).all()
 
 
 def test_the_radii_of_these_tests_certify_some_images_and_others_not(net):
@@ -436,7 +438,7 @@ def test_the_radii_of_these_tests_certify_some_images_and_others_not(net):
 def test_every_image_is_decided_in_one_stage_or_stays_open(net, epsilon):
     decided = proof_of(net, epsilon).decided
     assert sum(decided) == 16
-    assert len(decided) <= len(STAGES) + 1
+    assert len(decided) <= len(LANCZOS_STEPS) + 1
 
 
 @pytest.mark.parametrize("epsilon", RADII)
@@ -453,7 +455,7 @@ def test_the_box_that_travels_with_the_local_ball_is_inside_the_published_one(ne
     assert (ours.lower >= published.lower - 1e-12).all()
     assert (ours.upper <= published.upper + 1e-12).all()
     assert (ours.upper - ours.lower < 0.99 * (published.upper - published.lower)).any()
-    assert (ours.local_lipschitz <= published.local_lipschitz + 1e-12).all()
+    assert (ours.hidden_lipschitz <= published.hidden_lipschitz + 1e-12).all()
 
 
 def test_valid_images_have_a_smaller_box_and_larger_margins(net):
@@ -465,7 +467,7 @@ def test_valid_images_have_a_smaller_box_and_larger_margins(net):
     assert (box.upper <= 1).all()
     free, clipped = exact_bounds = [propagate(model, x, 0.3, EXACT, clip) for clip in (None, (0.0, 1.0))]
     assert all((b.lower <= b.center).all() and (b.center <= b.upper).all() for b in exact_bounds)
-    assert (clipped.local_lipschitz <= free.local_lipschitz * (1 + 1e-12)).all()
+    assert (clipped.hidden_lipschitz <= free.hidden_lipschitz * (1 + 1e-12)).all()
     margins = [worst_margin(worst_logits(bound, net[2], 1000), net[2]) for bound in (free, clipped)]
     assert (margins[1] >= margins[0] - 1e-9).all()
 
@@ -474,7 +476,7 @@ def test_an_image_is_certified_where_only_images_that_are_not_valid_would_break_
     # The answer changes at -0.2, which no pixel has.
     model = linear_net((torch.ones(1, 1), torch.zeros(1)), (torch.tensor([[1.0], [0.0]]), torch.tensor([0.2, 0.0])))
     x, y = torch.full((1, 1), 0.1).double(), torch.tensor([0])
-    margins = [prove(model, x, y, 0.5, ProvenNorms(SURELY, 100), clip).margin for clip in (None, (0.0, 1.0))]
+    margins = [prove(model, x, y, 0.5, ProvenNorms(SURELY, 100), clip).worst_margin for clip in (None, (0.0, 1.0))]
     assert margins[0] < 0 < margins[1]
 
 
@@ -486,7 +488,7 @@ def test_clipping_is_no_way_around_an_image_that_is_not_valid_itself():
     x, y = torch.tensor([[1.4]], dtype=torch.float64), torch.tensor([0])
     assert model(torch.tensor([[0.95]], dtype=torch.float64)).argmax() == 1
     try:
-        margin = prove(model, x, y, 0.5, ProvenNorms(SURELY, 100), (0.0, 1.0)).margin
+        margin = prove(model, x, y, 0.5, ProvenNorms(SURELY, 100), (0.0, 1.0)).worst_margin
     except ValueError:
         return
     assert not margin > 0
@@ -642,7 +644,7 @@ def test_a_float32_convolution_stays_as_close_to_the_exact_one_as_promised(net):
 def test_what_holds_in_float32_costs_margin(net, epsilon):
     exact, deployed = (proof_of(net, epsilon, deployed=kind) for kind in ("exact", "float32"))
     assert (deployed.margin > 0).sum() <= (exact.margin > 0).sum()
-    same_stage = deployed.local_lipschitz == exact.local_lipschitz
+    same_stage = deployed.hidden_lipschitz == exact.hidden_lipschitz
     assert same_stage.any()
     assert (deployed.margin < exact.margin)[same_stage].all()
     assert (deployed.margin > exact.margin - 0.1)[same_stage].all()
@@ -712,7 +714,7 @@ def test_an_evaluation_proves_by_default_and_says_what(evaluate):
         "seed": 0,
         "deployed": "exact",
         "clip": False,
-        "lanczos_steps": list(STAGES),
+        "lanczos_steps": list(LANCZOS_STEPS),
         "decided": [],
         "certified_plain": None,
     }

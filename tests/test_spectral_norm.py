@@ -2,9 +2,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from locallip.bound.operators import Conv, Dense
+from locallip.bound.power_iteration import PowerIteration
+from locallip.training.vectors import StoredVectors
 from torch import nn
-
-from spectral_norm import Conv, Dense, PowerIteration, StoredVectors
 
 # The same examples every time, so that a failure is nobody's bad luck.
 examples = settings(max_examples=30, deadline=None, derandomize=True, database=None)

@@ -1,5 +1,6 @@
 """Tiny ImageNet: its files, real or made up, the cache of them, the 8C2F nets, the sparsity loss, and the scripts."""
 
+import hashlib
 import os
 import shlex
 import shutil
@@ -13,17 +14,17 @@ import torch
 import train_tinyimagenet
 from conftest import ROOT, Answer, read_csv
 from PIL import Image
+from locallip.bound.power_iteration import PowerIteration
 from torch import nn
 
 import data_load
 import evaluate
-import tiny_imagenet
 import training
 import utils
 from data_load import count_classes, load_data
 from local_bound import propagate
-from spectral_norm import PowerIteration
-from utils import ClampGroupSort, ReLU_x
+from locallip import tiny_imagenet
+from locallip.bound.layers import ClampGroupSort, ReLU_x
 
 WNIDS = ["n03", "n01", "n02"]  # not in the order of the labels
 PER_CLASS = {True: 4, False: 2}
@@ -154,17 +155,83 @@ def test_a_cache_of_other_files_is_rebuilt(data_dir):
     assert not torch.equal(load(data_dir, True).images, kept)
 
 
-# --- files that are not what they should be
+# --- what other programs leave in folders
+
+LITTER = {
+    "notebook": lambda folder: (folder / ".ipynb_checkpoints").mkdir(),
+    "notebook with an image": lambda folder: copy_of_an_image(folder / ".ipynb_checkpoints" / "n01_0-checkpoint.JPEG"),
+    "macOS archive": lambda folder: copy_of_an_image(folder / "__MACOSX" / "images" / "._n01_0.JPEG"),
+    "Finder": lambda folder: (folder / ".DS_Store").write_bytes(b"Bud1"),
+    "Windows": lambda folder: (folder / "Thumbs.db").write_bytes(b"thumbs"),
+    "Synology": lambda folder: copy_of_an_image(folder / "@eaDir" / "n01_0.JPEG"),
+    "companion": lambda folder: (folder / "._val_0.JPEG").write_bytes(b"Mac OS X"),
+    "hidden image": lambda folder: picture(7).save(folder / ".hidden.JPEG"),
+}
+
+
+def copy_of_an_image(path):
+    path.parent.mkdir(parents=True)
+    picture(7).save(path)
 
 
 def tiny(data_dir):
     return data_dir / "tiny-imagenet-200"
 
 
+@pytest.mark.parametrize("litter", LITTER)
+@pytest.mark.parametrize("layout", ["official", "sorted"])
+@pytest.mark.parametrize("listed", [True, False], ids=["wnids.txt", "no wnids.txt"])
+def test_litter_is_no_data(data_dir, litter, layout, listed):
+    if layout == "sorted":
+        sort_into_class_folders(data_dir, "")
+    if not listed:
+        (tiny(data_dir) / "wnids.txt").unlink()
+    clean = {train: load(data_dir, train) for train in (True, False)}
+    clean = {train: data_load.ImageSet(images.images.clone(), images.labels) for train, images in clean.items()}
+    for folder in [data_dir, *(path for path in tiny(data_dir).rglob("*") if path.is_dir())]:
+        LITTER[litter](folder)
+    LITTER[litter](tiny(data_dir))
+    for train in (True, False):
+        assert same(load(data_dir, train), clean[train])
+    assert count_classes("tinyimagenet", data_dir) == 3
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_lists_written_on_windows_are_read(data_dir, ending):
+    clean = load(data_dir, False)
+    for path in (tiny(data_dir) / "wnids.txt", tiny(data_dir) / "val" / "val_annotations.txt"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_text().replace("\n", ending).encode())
+    assert same(load(data_dir, False), clean)
+
+
+# --- files that are not what they should be
+
+
+def sort_and_lose_a_class(data_dir):
+    sort_into_class_folders(data_dir, "images")
+    shutil.rmtree(tiny(data_dir) / "val" / "n02")
+
+
+def empty_a_class(data_dir, listed=True):
+    if not listed:
+        (tiny(data_dir) / "wnids.txt").unlink()
+    for path in (tiny(data_dir) / "train" / "n02" / "images").iterdir():
+        path.unlink()
+
+
 BROKEN = {
+    "a class without images": (empty_a_class, "class n02 has no images in"),
+    "an unlisted class without images": (lambda d: empty_a_class(d, listed=False), "class n02 has no images in"),
+    "a stray folder": (
+        lambda d: ((tiny(d) / "wnids.txt").unlink(), (tiny(d) / "train" / "backup").mkdir()),
+        "class backup has no images in",
+    ),
+    "a listed stray folder": (lambda d: (tiny(d) / "train" / "backup").mkdir(), "train has 4; backup is not in both"),
+    "a class not validated": (sort_and_lose_a_class, "class n02 has no images in"),
+    "a list in UTF-16": (lambda d: (tiny(d) / "wnids.txt").write_text("n01", encoding="utf-16"), "wnids.txt"),
     "no folder": (lambda d: shutil.rmtree(tiny(d)), "tinyimagenet.sh"),
     "no training images": (lambda d: [p.unlink() for p in tiny(d).glob("train/*/images/*")], "no training images"),
-    "a class missing": (lambda d: shutil.rmtree(tiny(d) / "train" / "n02"), "wnids.txt lists 3 classes, train has 2"),
+    "a class missing": (lambda d: shutil.rmtree(tiny(d) / "train" / "n02"), "lists 3 classes, train has 2; n02 is not"),
     "no validation images": (lambda d: shutil.rmtree(tiny(d) / "val"), "no validation images"),
     "no annotations": (lambda d: (tiny(d) / "val" / "val_annotations.txt").unlink(), "val_annotations.txt"),
     "an image missing": (lambda d: (tiny(d) / "val" / "images" / "val_3.JPEG").unlink(), "val_3.JPEG is not there"),
@@ -268,6 +335,27 @@ def test_an_archive_on_disk_is_taken(fetch):
     assert len(load(fetch.folder, False)) == 6
 
 
+def test_an_archive_in_the_home_folder_is_taken(fetch, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert fetch("~/archive.zip", url="file:///nowhere").code == 0
+    assert len(load(fetch.folder, False)) == 6
+
+
+def test_what_an_archive_of_macos_has_beside_the_folder_is_dropped(fetch):
+    with zipfile.ZipFile(fetch.archive, "a") as file:
+        file.writestr("__MACOSX/tiny-imagenet-200/._wnids.txt", "Mac OS X")
+    assert fetch(md5=hashlib.md5(fetch.archive.read_bytes()).hexdigest()).code == 0
+    assert {path.name for path in fetch.folder.iterdir() if path.is_dir()} == {"tiny-imagenet-200"}
+
+
+def test_an_archive_of_something_else_is_refused(fetch):
+    with zipfile.ZipFile(fetch.archive, "w") as file:
+        file.writestr("other/wnids.txt", "n01")
+    answer = fetch(md5=hashlib.md5(fetch.archive.read_bytes()).hexdigest())
+    assert answer.code == 2
+    assert "holds no folder tiny-imagenet-200" in answer.err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named", "complaint"),
     [
@@ -275,6 +363,8 @@ def test_an_archive_on_disk_is_taken(fetch):
         ([], {"md5": "0" * 32}, "damaged"),
         (["archive.zip"], {"md5": "0" * 32}, "archive.zip is damaged"),
         (["absent.zip"], {}, "cannot read"),
+        (["no/folder/absent.zip"], {}, "no/folder/absent.zip"),
+        (["~nobody-of-that-name/absent.zip"], {}, "cannot read"),
         (["a.zip", "b.zip"], {}, "one argument at most"),
     ],
 )

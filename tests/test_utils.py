@@ -1,14 +1,12 @@
-import resource
-from contextlib import contextmanager
-
 import pytest
 import torch
 from conftest import WIDTH
+from locallip.bound.power_iteration import PowerIteration
 from torch import nn
 
 import utils
+from data_load import DATA_SETS
 from local_bound import propagate
-from spectral_norm import PowerIteration
 from utils import ClampGroupSort, InputError, ReLU_x
 
 # --- activations
@@ -143,137 +141,6 @@ def test_select_device_refuses_what_is_not(name):
         utils.select_device(name)
 
 
-# --- files
-
-
-def test_a_file_written_atomically_has_the_new_content_and_no_neighbours(tmp_path):
-    path = tmp_path / "new" / "file.txt"
-    for text in ("old", "new"):
-        utils.write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
-    assert path.read_text() == "new"
-    assert list(path.parent.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("disk full"), KeyboardInterrupt()])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
-    path = tmp_path / "file.txt"
-    path.write_text("old")
-
-    def fail(temporary):
-        temporary.write_text("ne")
-        raise error
-
-    with pytest.raises((InputError, RuntimeError, KeyboardInterrupt)):
-        utils.write_atomically(path, fail)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@contextmanager
-def full_disk():
-    """No file can grow beyond 4 kB: not even pytest's own log, so it must not outlast the call under test."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_checkpoint_that_does_not_fit_on_the_disk_is_refused_and_leaves_the_old_one(tmp_path):
-    path = tmp_path / "net.pth"
-    path.write_text("old")
-    with pytest.raises(InputError, match="cannot write"), full_disk():
-        utils.save_checkpoint(path, {"state_dict": {"0.weight": torch.zeros(10_000)}})
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_check_writable_leaves_the_folder_as_it_was(tmp_path):
-    mine = tmp_path / "writable"
-    mine.write_text("mine")
-    utils.check_writable(tmp_path)
-    assert {path: path.read_text() for path in tmp_path.iterdir()} == {mine: "mine"}
-
-
-def test_check_writable_creates_the_folder(tmp_path):
-    utils.check_writable(tmp_path / "a" / "b")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
-
-
-@pytest.mark.parametrize("below", ["", "folder", "folder/folder"])
-def test_check_writable_refuses_a_place_below_a_file(tmp_path, below):
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot write"):
-        utils.check_writable(tmp_path / "file" / below)
-
-
-# --- checkpoints
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        lambda state: {"state_dict": state, "err": 0.5, "epoch": 3},
-        lambda state: state,
-        lambda state: {f"module.{key}": value for key, value in state.items()},
-        lambda state: {"state_dict": {f"module.{key}": value for key, value in state.items()}},
-    ],
-    ids=["wrapped", "bare", "bare, module.", "wrapped, module."],
-)
-def test_load_checkpoint_takes_every_layout(tmp_path, tiny_net, layout):
-    state = tiny_net.state_dict()
-    torch.save(layout(state), tmp_path / "net.pth")
-    loaded = utils.load_checkpoint(tmp_path / "net.pth")["state_dict"]
-    assert loaded.keys() == state.keys()
-    assert all(torch.equal(loaded[key], state[key]) for key in state)
-
-
-def test_load_checkpoint_keeps_what_stands_beside_the_weights(saved_net):
-    checkpoint = utils.load_checkpoint(saved_net)
-    assert (checkpoint["err"], checkpoint["epoch"]) == (1.0, 0)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [[1, 2], {}, {"state_dict": {}}, {"state_dict": None}, {"a": 1}, torch.zeros(3)],
-    ids=["list", "empty", "empty state", "no state", "no tensors", "tensor"],
-)
-def test_load_checkpoint_refuses_what_holds_no_state_dict(tmp_path, content):
-    torch.save(content, tmp_path / "net.pth")
-    with pytest.raises(InputError, match="no checkpoint"):
-        utils.load_checkpoint(tmp_path / "net.pth")
-
-
-def without(state, key):
-    return {k: v for k, v in state.items() if k != key}
-
-
-@pytest.mark.parametrize(
-    ("spoil", "complaint"),
-    [
-        (lambda state: without(state, "13.bias"), "it has no '13.bias'"),
-        (lambda state: state | {"14.weight": torch.zeros(1)}, "'14.weight' does not belong"),
-        (lambda state: state | {"13.bias": torch.zeros(11)}, r"'13.bias' is \(11,\)"),
-        (lambda state: state | {"13.bias": torch.full((10,), torch.nan)}, "'13.bias' holds NaN"),
-        (lambda state: state | {"13.bias": torch.full((10,), -torch.inf)}, "'13.bias' holds NaN or infinity"),
-    ],
-    ids=["missing", "unexpected", "shape", "NaN", "infinity"],
-)
-def test_load_weights_is_all_or_nothing(tiny_net, spoil, complaint):
-    before = {key: value.clone() for key, value in tiny_net.state_dict().items()}
-    others = {key: value + 1 for key, value in before.items()}
-    with pytest.raises(InputError, match=f"file.pth is .*{complaint}"):
-        utils.load_weights(tiny_net, spoil(others), "file.pth")
-    assert all(torch.equal(value, before[key]) for key, value in tiny_net.state_dict().items())
-
-
-def test_load_weights_loads_every_tensor(tiny_net):
-    others = {key: value + 1 for key, value in tiny_net.state_dict().items()}
-    utils.load_weights(tiny_net, others, "file.pth")
-    assert all(torch.equal(value, others[key]) for key, value in tiny_net.state_dict().items())
-
-
 # --- orthogonal start
 
 
@@ -281,7 +148,7 @@ def test_load_weights_loads_every_tensor(tiny_net):
 def test_orthogonal_layers_start_with_spectral_norms_of_at_most_1(data, model):
     torch.manual_seed(0)
     net = utils.select_model(data, model, width=0.25, orthogonal=True)
-    bound = propagate(net, torch.rand(1, *utils.INPUT_SHAPES[data]), 0.0, PowerIteration(200))
+    bound = propagate(net, torch.rand(1, *DATA_SETS[data].shape), 0.0, PowerIteration(200))
     norms = list(bound.global_norms.values())
     assert all(0.5 < norm <= 1.001 for norm in norms)
     weight = next(layer for layer in net if isinstance(layer, nn.Linear)).weight

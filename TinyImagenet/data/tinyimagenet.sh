@@ -15,6 +15,13 @@ fail() { echo "error: $*" >&2; exit 2; }
 
 checksum() { if command -v md5sum >/dev/null; then md5sum <"$1" | cut -d ' ' -f 1; else md5 -q "$1"; fi; }
 
+# The shell leaves the ~ of '~/x' and --flag=~/x alone.
+expand_home() {
+    local home=${1%%/*}
+    if [[ $home =~ ^~[A-Za-z0-9._-]*$ ]]; then eval "home=$home"; fi
+    echo "$home${1#"${1%%/*}"}"
+}
+
 download() {
     if command -v curl >/dev/null; then
         curl --fail --location --show-error --continue-at - --output "$1" "$url"
@@ -29,13 +36,15 @@ unpack() {
     rm -rf "$name.tmp"
     mkdir "$name.tmp"
     if command -v unzip >/dev/null; then unzip -q "$1" -d "$name.tmp"; else python3 -m zipfile -e "$1" "$name.tmp"; fi
+    [ -d "$name.tmp/$name" ] || fail "$1 holds no folder $name"
     touch "$name.tmp/$complete"
     mv "$name.tmp/$name" "$name"
-    rmdir "$name.tmp"
+    rm -r "$name.tmp"
 }
 
 [ $# -le 1 ] || fail "one argument at most: the archive"
-archive=${1:+$(realpath -- "$1")}
+archive=$(expand_home "${1:-}")
+case $archive in '' | /*) ;; *) archive=$PWD/$archive ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")"
 if [ -e "$complete" ]; then
     echo "$PWD/$name is there already"

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.fx.experimental._config
@@ -26,49 +25,15 @@ Threshold = Tensor | float
 Ends = tuple[Tensor, Tensor, Tensor]  # centre of the ball, lower and upper ends of the box; (N, ...) each
 
 
-@dataclass(frozen=True)
-class Clip:
-    """What an activation does: min(max(x, low), high); or, with `pairs`, clipped MaxMin.
-
-    Attributes:
-        low: a number; with `pairs` a tensor (1, C / 2, ...).
-        high: a number or a tensor (1, ...); with `pairs` a tensor (1, C / 2, ...).
-        pairs: the channels are halves a | b, and the output is min(max(a, b), high) | max(min(a, b), low).
-    """
+class Clipping(Protocol):
+    """An activation that the passes know: see `activations.Clip` and `activations.ClippedMaxMin`."""
 
     low: Threshold
     high: Threshold
-    pairs: bool = False
-
-    def fits(self, x: Tensor) -> bool:
-        """Whether the thresholds have the dimensions of the activations (N, ...), so that they need no broadcasting."""
-        return all(t.dim() == x.dim() for t in (self.low, self.high) if isinstance(t, Tensor))
-
-    def constant(self, lower: Tensor, upper: Tensor) -> Tensor:
-        """Which outputs (N, ...) are the same for all inputs in a box; a NaN makes an output vary."""
-        if not self.pairs:
-            return (upper <= self.low) | (lower >= self.high)
-        larger, smaller = _pair_ends(lower, upper)
-        return torch.cat([larger >= self.high, smaller <= self.low], dim=1)
-
-    def slack(self, lower: Tensor, upper: Tensor, weight: float) -> Tensor:
-        """How far a box reaches into where outputs vary, on average: a scalar that training can drive down.
-
-        weight: of reaching below `high` beside reaching above `low`, where there are no pairs.
-        """
-        if self.pairs:
-            larger, smaller = _pair_ends(lower, upper)
-            return torch.relu(self.high - larger).mean() + torch.relu(smaller - self.low).mean()
-        above = torch.relu(upper - self.low).mean()
-        return above + weight * torch.relu(self.high - lower).mean() if isinstance(self.high, Tensor) else above
+    pairs: bool
 
 
-def _pair_ends(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """The lower end of the larger and the upper end of the smaller of each pair; (N, C / 2, ...)."""
-    return torch.maximum(*lower.chunk(2, dim=1)), torch.minimum(*upper.chunk(2, dim=1))
-
-
-def through_activation(stack: Tensor, half: Tensor, reach: Tensor, clip: Clip) -> tuple[Tensor, Tensor, Tensor]:
+def through_activation(stack: Tensor, half: Tensor, reach: Tensor, clip: Clipping) -> tuple[Tensor, Tensor, Tensor]:
     """Centre and box behind an activation, and what can vary there.
 
     Args:
@@ -89,7 +54,7 @@ def through_activation(stack: Tensor, half: Tensor, reach: Tensor, clip: Clip) -
     return stack, half, varying.bool()
 
 
-def activation(x: Tensor, clip: Clip) -> Tensor:
+def activation(x: Tensor, clip: Clipping) -> Tensor:
     """What an activation makes of a tensor alone. x: (N, C, ...) with C even for pairs."""
     x, low, high = _broadcast(x, clip)
     entries = x

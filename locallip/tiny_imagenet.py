@@ -3,7 +3,7 @@
 The folder `tiny-imagenet-200` holds `train/WNID/images/*.JPEG` and the validation images, either as the archive has
 them (`val/images/*.JPEG`, labels in `val/val_annotations.txt`) or sorted into class folders (`val/WNID/...`). Labels
 are positions in the sorted list of the training set's wnids, for both. A part of the set, with fewer classes, loads
-too.
+too. What file managers, archivers and notebooks leave in folders, hidden or by a known name, is no data.
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from utils import INPUT_SHAPES, InputError, first_line, write_atomically
+from locallip.files import InputError, first_line, write_atomically
 
 FOLDER = "tiny-imagenet-200"
+SHAPE = (3, 64, 64)
 HINT = "`bash TinyImagenet/data/tinyimagenet.sh` fetches and unpacks the archive"
-_SHAPE = INPUT_SHAPES["tinyimagenet"]
+# Folders beside the data that are not hidden: of archives from macOS, and of Synology's file server.
+_NO_DATA = {"__MACOSX", "@eaDir"}
 # Changes with the layout of the cache, so that one of another layout is rebuilt.
 _LAYOUT = 1
 _HEADER_BYTES = 4096
@@ -57,21 +60,53 @@ def wnids(data_dir: Path) -> list[str]:
     """The names of the classes, in the order of the labels.
 
     Raises:
-        InputError: if there are none, or `wnids.txt` lists others than `train` has folders for.
+        InputError: if there are none, one has no images, or `wnids.txt` lists others than `train` has folders for.
     """
     folder = data_dir / FOLDER
     names = sorted(entry.name for entry in _entries(folder / "train") if entry.is_dir())
     if not names:
         raise InputError(f"no Tiny ImageNet in {folder}; {HINT}")
-    try:
-        listed = sorted((folder / "wnids.txt").read_text().split())
-    except FileNotFoundError:
-        return names
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {folder / 'wnids.txt'}: {first_line(error)}; {HINT}") from None
-    if listed != names:
-        raise InputError(f"{folder} is incomplete: wnids.txt lists {len(listed)} classes, train has {len(names)}")
+    listed = _listed(folder / "wnids.txt")
+    if listed is not None and listed != names:
+        raise InputError(
+            f"{folder} is incomplete: wnids.txt lists {len(listed)} classes, train has {len(names)}; "
+            f"{', '.join(sorted({*listed} ^ {*names})[:5]) or 'one of them'} is not in both, or is listed twice"
+        )
+    full = {name for name in names if any(_image_entries(folder / "train" / name))}
+    if not full:
+        raise InputError(f"no training images below {folder / 'train'}; {HINT}")
+    _refuse_empty_classes(names, full, folder / "train")
     return names
+
+
+def count_classes(data_dir: Path) -> int:
+    """The number of classes that are there.
+
+    Raises:
+        InputError: as `wnids` does.
+    """
+    return len(wnids(data_dir))
+
+
+def _listed(path: Path) -> list[str] | None:
+    """The classes that a list names, sorted; None where there is no list."""
+    try:
+        return sorted(_text(path).split())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {first_line(error)}; {HINT}") from None
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8-sig")  # editors of Windows put a byte-order mark in front
+
+
+def _refuse_empty_classes(names: Iterable[str], full: Collection[str], folder: Path) -> None:
+    empty = [name for name in names if name not in full]
+    if empty:
+        more = f" (nor have {len(empty) - 1} others)" if len(empty) > 1 else ""
+        raise InputError(f"class {empty[0]} has no images in {folder}{more}; {HINT}")
 
 
 @dataclass
@@ -87,8 +122,6 @@ class _List:
         names = wnids(folder.parent)
         labels = {name: label for label, name in enumerate(names)}
         train = [(path, labels[name]) for name in names for path in _images(folder / "train" / name)]
-        if not train:
-            raise InputError(f"no training images below {folder / 'train'}; {HINT}")
         return cls(train, _validation_images(folder / "val", labels), len(names))
 
     def of_set(self, train: bool) -> list[tuple[Path, int]]:
@@ -109,7 +142,8 @@ class _List:
 
 def _validation_images(folder: Path, labels: dict[str, int]) -> list[tuple[Path, int]]:
     flat = {entry.name: Path(entry.path) for entry in _entries(folder / "images") if _is_image(entry)}
-    if flat:
+    official = bool(flat)
+    if official:
         listed = _annotations(folder / "val_annotations.txt")
     else:
         sorted_in = [(entry.name, path) for entry in _entries(folder) for path in _images(Path(entry.path))]
@@ -124,6 +158,8 @@ def _validation_images(folder: Path, labels: dict[str, int]) -> list[tuple[Path,
         raise InputError(f"{folder} is incomplete: {name} is {where}")
     if not flat:
         raise InputError(f"no validation images below {folder}; {HINT}")
+    if not official:
+        _refuse_empty_classes(labels, set(listed.values()), folder)
     return [(flat[name], labels[listed[name]]) for name in sorted(flat, key=_number)]
 
 
@@ -135,7 +171,7 @@ def _number(name: str) -> tuple[int, str]:
 def _annotations(path: Path) -> dict[str, str]:
     """The wnid of every validation image."""
     try:
-        rows = [line.split("\t")[:2] for line in path.read_text().splitlines() if line.strip()]
+        rows = [line.split("\t")[:2] for line in _text(path).splitlines() if line.strip()]
         return _once(rows, path)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {first_line(error)}; {HINT}") from None
@@ -152,15 +188,19 @@ def _once(images: list[tuple[str, str]], source: Path) -> dict[str, str]:
 
 def _images(folder: Path) -> list[Path]:
     """The images in a class folder, or in its folder `images`, sorted."""
-    entries = [*_entries(folder), *_entries(folder / "images")]
-    return sorted((Path(entry.path) for entry in entries if _is_image(entry)), key=lambda path: _number(path.name))
+    return sorted((Path(entry.path) for entry in _image_entries(folder)), key=lambda path: _number(path.name))
+
+
+def _image_entries(folder: Path) -> Iterator[os.DirEntry]:
+    return filter(_is_image, chain(_entries(folder), _entries(folder / "images")))
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry]:
-    """What lies in a folder; nothing where there is none."""
+    """What lies in a folder that may be data; nothing where there is none."""
     try:
         with os.scandir(folder) as entries:
-            yield from sorted(entries, key=lambda entry: entry.name)
+            data = [entry for entry in entries if not entry.name.startswith(".") and entry.name not in _NO_DATA]
+            yield from sorted(data, key=lambda entry: entry.name)
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
@@ -178,8 +218,8 @@ def _decode(path: Path) -> np.ndarray:
             pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"cannot read {path}: {first_line(error)}; {HINT}") from None
-    if pixels.shape != _SHAPE:
-        raise InputError(f"{path} has {pixels.shape[2]}x{pixels.shape[1]} pixels, not {_SHAPE[2]}x{_SHAPE[1]}")
+    if pixels.shape != SHAPE:
+        raise InputError(f"{path} has {pixels.shape[2]}x{pixels.shape[1]} pixels, not {SHAPE[2]}x{SHAPE[1]}")
     return pixels
 
 
@@ -239,11 +279,11 @@ class _Cache:
         begin, end = self._range(train)
         count = len(self.listing.of_set(train))
         middle = end - count * _LABEL_TYPE.itemsize
-        return stored[begin:middle].reshape(count, *_SHAPE), stored[middle:end].view(_LABEL_TYPE)
+        return stored[begin:middle].reshape(count, *SHAPE), stored[middle:end].view(_LABEL_TYPE)
 
     def _range(self, train: bool) -> tuple[int, int]:
         """Where the bytes of a set begin and end."""
-        image = int(np.prod(_SHAPE)) + _LABEL_TYPE.itemsize
+        image = int(np.prod(SHAPE)) + _LABEL_TYPE.itemsize
         middle = _HEADER_BYTES + image * len(self.listing.train)
         return (_HEADER_BYTES, middle) if train else (middle, middle + image * len(self.listing.val))
 

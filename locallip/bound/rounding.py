@@ -18,15 +18,18 @@ Assumed: sums are sums. Convolutions by FFT or Winograd and TF32 are outside the
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from spectral_norm import LinearOperator
+from locallip.bound.operators import Dense, LinearOperator
+from locallip.bound.tensors import underflow_to_nan
 
 FLOAT64, FLOAT32 = 2.0**-53, 2.0**-24
 _EXTRA_TERMS = 16
 # Smallest normal number, and how large a number may get; in float64 with room for squares and products of two.
 _SMALLEST = {FLOAT64: 2.0**-1022, FLOAT32: 2.0**-126}
 _LARGEST = {FLOAT64: 1e100, FLOAT32: 1e38}
+# Products of norms are taken to be no smaller.
+_SMALLEST_PRODUCT = 1e-150
 
 
 class ExactArithmetic:
@@ -42,14 +45,21 @@ class ExactArithmetic:
         """By how much any sum of a layer can be off."""
         return 0.0
 
-    def at_least(self, factor: Tensor) -> Tensor:
-        """A product of norms that underflow has not made too small."""
-        return factor
+    def product(self, norm: Tensor, other: Tensor) -> Tensor:
+        """A product of norms that underflow has not made too small; NaN where only that can be said."""
+        return underflow_to_nan(norm * other, norm, other)
 
-    def pass_layer(self, operator: LinearOperator, norm: Tensor, absolute: Tensor, length: Tensor) -> None:
-        """Move on to the layer's outputs."""
+    def behind_layer(
+        self, operator: LinearOperator, norm: Tensor, absolute: Tensor | None, length: Tensor | None
+    ) -> ExactArithmetic:
+        """What is off behind the layer."""
+        return self
 
-    def of_logits(self, last: nn.Linear, length: Tensor) -> float:
+    def behind_activation(self, error: float, entries: int) -> ExactArithmetic:
+        """What is off behind an activation whose every computed entry is off by at most so much."""
+        return self
+
+    def of_logits(self, last: Dense, length: Tensor) -> float:
         """By how much a logit can be off."""
         return 0.0
 
@@ -59,15 +69,11 @@ class Rounding(ExactArithmetic):
 
     Args:
         roundoff: unit roundoff u of the arithmetic.
-        like: (N,) tensor; says how many images there are, on which device.
-
-    Attributes:
-        distance: (N,) in L2, at the place that the walk has come to.
+        distance: (N,) in L2, at the place that the walk has come to; 0 at the images.
     """
 
-    def __init__(self, roundoff: float, like: Tensor):
-        self.roundoff = roundoff
-        self.distance = torch.zeros_like(like)
+    def __init__(self, roundoff: float, distance: Tensor):
+        self.roundoff, self.distance = roundoff, distance
 
     def _gamma(self, terms: int) -> float:
         product = (terms + _EXTRA_TERMS) * self.roundoff
@@ -91,12 +97,12 @@ class Rounding(ExactArithmetic):
     def _underflow(self, operator: LinearOperator) -> float:
         return 4 * (_terms(operator) + _EXTRA_TERMS) * _SMALLEST[self.roundoff]
 
-    def at_least(self, factor: Tensor) -> Tensor:
+    def product(self, norm: Tensor, other: Tensor) -> Tensor:
         """A product of norms that underflow has not made too small: no smaller than 1e-150."""
-        return factor.clamp(min=1e-150)
+        return (norm * other).clamp(min=_SMALLEST_PRODUCT)
 
-    def pass_layer(self, operator: LinearOperator, norm: Tensor, absolute: Tensor, length: Tensor) -> None:
-        """Move on to the layer's outputs.
+    def behind_layer(self, operator: LinearOperator, norm: Tensor, absolute: Tensor, length: Tensor) -> Rounding:
+        """What is off behind the layer.
 
         norm, absolute: upper bounds on ||W|| and || |W| ||. length: (N,) of the longest input.
         """
@@ -106,19 +112,23 @@ class Rounding(ExactArithmetic):
         fresh = self._gamma(_terms(operator)) * largest + self._underflow(operator) * outputs**0.5 * len(
             operator.weight
         )
-        self.distance = norm * self.distance + fresh * (1 + 1e-6)
+        distance = norm * self.distance + fresh * (1 + 1e-6)
         # Written so that a NaN counts as too large.
         fits = torch.maximum(largest, length) < _LARGEST[self.roundoff]
-        self.distance = torch.where(fits, self.distance, torch.inf)
+        return Rounding(self.roundoff, torch.where(fits, distance, torch.inf))
 
-    def of_logits(self, last: nn.Linear, length: Tensor) -> Tensor:
+    def behind_activation(self, error: float, entries: int) -> Rounding:
+        """What is off behind an activation, which spreads no distance, and adds `error` to each of its entries."""
+        return Rounding(self.roundoff, self.distance + error * entries**0.5 * (1 + 1e-6)) if error else self
+
+    def of_logits(self, last: Dense, length: Tensor) -> Tensor:
         """By how much a logit, or a difference of two rows times a step inside the ball, can be off: (N, K)."""
         rows = last.weight.norm(dim=1)
         bias = 0 if last.bias is None else last.bias.abs()
         size = (length + self.distance)[:, None] * (rows + 2 * rows.max()) + bias
         # What underflows in worst-case terms, which square, is below 1e-50 while nothing exceeds the largest number.
-        off = rows * self.distance[:, None] + 4 * self._gamma(last.in_features) * size + 1e-50
-        off = off + 4 * (last.in_features + _EXTRA_TERMS) * _SMALLEST[self.roundoff]
+        off = rows * self.distance[:, None] + 4 * self._gamma(_terms(last)) * size + 1e-50
+        off = off + 4 * (_terms(last) + _EXTRA_TERMS) * _SMALLEST[self.roundoff]
         return torch.where(size < _LARGEST[self.roundoff], off, torch.inf)
 
 

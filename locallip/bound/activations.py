@@ -1,0 +1,151 @@
+"""Activations: what a walk has to know of a function that is applied to the outputs of a linear layer.
+
+Every activation here is monotone in each of its inputs and has Lipschitz constant 1, so that it takes the ends of a box
+to the ends of a box and makes no ball larger.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from locallip.bound import fused
+from locallip.bound.fused import Threshold
+from locallip.bound.region import CenteredRegion, Point, Region, UncutRegion
+
+
+class Activation(ABC):
+    """A monotone function of Lipschitz constant 1 that keeps the shape of what it is applied to.
+
+    Attributes:
+        elementwise: whether it treats every entry by itself. Entries that cannot vary then switch off rows of the
+            linear layer before, not only columns of the one behind.
+        rounding: by how much a computed output can be off from the exact one, whatever the input: 0 where the function
+            only compares and chooses. None: nobody knows, and what allows for rounding refuses the activation.
+    """
+
+    elementwise: bool = True
+    rounding: float | None = None
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """The function of x (N, ...), which stays as it is."""
+
+    @abstractmethod
+    def varying(self, lower: Tensor, upper: Tensor) -> Tensor:
+        """Which outputs (N, ...) can differ between two inputs of the box, bool; a NaN makes an output vary."""
+
+    def behind(self, region: Region, fuse: bool) -> tuple[Region, Tensor | None]:
+        """The region behind it, and what can vary there; None: everything, as behind a ball without a box.
+
+        fuse: whether both may be made in one pass over memory, which rounds otherwise than operation by operation.
+        """
+        if isinstance(region, Point):
+            return region.map(self), None
+        return region.map(self), self.varying(region.lower, region.upper)
+
+    def slack(self, region: Region, weight: float) -> Tensor:
+        """How far a box reaches into where outputs vary, on average: a scalar that training can drive down.
+
+        weight: of reaching below an upper threshold beside reaching above a lower one.
+        """
+        return region.center.new_zeros(())
+
+
+@dataclass(frozen=True, eq=False)
+class Elementwise(Activation):
+    """An activation of a user's own, entry by entry: monotone, and nowhere steeper than 1.
+
+    Attributes:
+        function: of a tensor (N, ...).
+        can_vary: of both ends of a box, (N, ...) each: a bool tensor, which outputs can vary in it.
+        rounding: see `Activation`.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    can_vary: Callable[[Tensor, Tensor], Tensor]
+    rounding: float | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x.clone())  # which may work in place
+
+    def varying(self, lower: Tensor, upper: Tensor) -> Tensor:
+        return self.can_vary(lower, upper)
+
+
+class _Thresholds(Activation):
+    """What the fused passes know: outputs between two thresholds."""
+
+    low: Threshold
+    high: Threshold
+    pairs: ClassVar[bool]
+    rounding = 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return fused.activation(x, self)
+
+    def behind(self, region: Region, fuse: bool) -> tuple[Region, Tensor | None]:
+        if not (fuse and isinstance(region, UncutRegion) and self._fits(region.center)):
+            return super().behind(region, fuse)
+        parts = region.uncut_stack, region.uncut_half, region.reach
+        stack, half, varying = fused.through_activation(*parts, self)
+        return CenteredRegion(stack, half), varying
+
+    def _fits(self, x: Tensor) -> bool:
+        """Whether the thresholds have the dimensions of the activations (N, ...), so that they need no broadcasting."""
+        return all(t.dim() == x.dim() for t in (self.low, self.high) if isinstance(t, Tensor))
+
+
+@dataclass(frozen=True, eq=False)
+class Clip(_Thresholds):
+    """min(max(x, low), high): ReLU, clipped ReLU and the like.
+
+    Attributes:
+        low: a number.
+        high: a number, infinite for ReLU, or a tensor (1, ...).
+    """
+
+    low: float
+    high: Threshold
+    pairs: ClassVar[bool] = False
+
+    def varying(self, lower: Tensor, upper: Tensor) -> Tensor:
+        return ~((upper <= self.low) | (lower >= self.high))
+
+    def slack(self, region: Region, weight: float) -> Tensor:
+        above = torch.relu(region.upper - self.low).mean()
+        if not isinstance(self.high, Tensor):
+            return above
+        return above + weight * torch.relu(self.high - region.lower).mean()
+
+
+@dataclass(frozen=True, eq=False)
+class ClippedMaxMin(_Thresholds):
+    """Channels in halves a | b become min(max(a, b), high) | max(min(a, b), low).
+
+    Attributes:
+        low, high: tensors (1, C / 2, ...).
+    """
+
+    low: Tensor
+    high: Tensor
+    pairs: ClassVar[bool] = True
+    elementwise = False
+
+    def varying(self, lower: Tensor, upper: Tensor) -> Tensor:
+        larger, smaller = _pair_ends(lower, upper)
+        return ~torch.cat([larger >= self.high, smaller <= self.low], dim=1)
+
+    def slack(self, region: Region, weight: float) -> Tensor:
+        larger, smaller = _pair_ends(region.lower, region.upper)
+        return torch.relu(self.high - larger).mean() + torch.relu(smaller - self.low).mean()
+
+
+def _pair_ends(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower end of the larger and the upper end of the smaller of each pair; (N, C / 2, ...)."""
+    return torch.maximum(*lower.chunk(2, dim=1)), torch.minimum(*upper.chunk(2, dim=1))

@@ -1,0 +1,176 @@
+"""Spectral norms by power iteration: the published method's estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from locallip.bound.norms import Arithmetic, Bracket
+from locallip.bound.operators import LinearOperator, Position
+from locallip.bound.tensors import eliminating, entries, per_image, underflow_to_nan, unit
+
+
+class PowerIteration:
+    """Spectral norms by power iteration: estimates that approach the true norm from below.
+
+    Iterations run without a graph; the gradient is that of v . (W u) with the last vectors held fixed, which at
+    convergence is the gradient of the norm itself. Singular vectors are kept between calls and warm-start the next one.
+    A vector lives on the input or on the output side of its operator, whichever it was given on; fresh ones on the
+    smaller side.
+
+    Args:
+        iterations: products with W and with its transpose, each this many times per call.
+        local_vectors: start vectors of the masked norms by position, one per image: (N, *shape). Replace them
+            whenever the images change, or set to {} for fresh ones.
+        global_vectors: start vectors of the whole norms by position: (1, *shape).
+        seed: of the random start vectors where none are given.
+        local_positions: layers that masks are made use of at; elsewhere the whole norm stands for the masked one, which
+            costs nothing and needs no vectors. None: all.
+        skip_idle_masks: images whose masks eliminate nothing get the whole norm, which is theirs, without iterations.
+            How much work there is then depends on the data, so that a CUDA device has to be waited for.
+        factors: what convolutions round their factors to, see `norms.Arithmetic`.
+    """
+
+    local_ball = False
+
+    def __init__(
+        self,
+        iterations: int,
+        local_vectors: Mapping[Position, Tensor] | None = None,
+        global_vectors: Mapping[Position, Tensor] | None = None,
+        seed: int = 0,
+        local_positions: Collection[Position] | None = None,
+        skip_idle_masks: bool = False,
+        factors: torch.dtype | None = None,
+    ):
+        if iterations < 1:
+            raise ValueError(f"power iteration needs at least one iteration, got {iterations}")
+        self.iterations = iterations
+        self.local_positions = local_positions
+        self.skip_idle_masks = skip_idle_masks
+        self.arithmetic = Arithmetic(factors=factors)
+        self.local_vectors = dict(local_vectors or {})
+        self.global_vectors = dict(global_vectors or {})
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def whole(self, operator: LinearOperator) -> Bracket:
+        """||W||, a scalar that carries the gradient with respect to the weight."""
+        start = self.global_vectors.get(operator.position)
+        if start is None:
+            start = self._random(1, operator)
+        norm, self.global_vectors[operator.position] = self._iterate(operator, start, None, None)
+        return Bracket(norm[0], norm[0])
+
+    def absolute(self, operator: LinearOperator) -> Tensor:
+        """|| |W| ||, which nobody asks an estimate for: it takes arithmetic as exact."""
+        raise TypeError("power iteration gives estimates, which allow for no rounding")
+
+    def masked(self, operator: LinearOperator, rows: Tensor | None, columns: Tensor | None, whole: Bracket) -> Bracket:
+        """||D_rows W D_columns|| for every image: (N,). Where no use is made of masks, `whole`.
+
+        rows: (N, *output_shape), columns: (N, *input_shape) booleans; None switches nothing off.
+        """
+        norm = self._masked(operator, rows, columns, whole.upper)
+        return Bracket(norm, norm)
+
+    def _masked(self, operator: LinearOperator, rows: Tensor | None, columns: Tensor | None, whole: Tensor) -> Tensor:
+        position = operator.position
+        if self.local_positions is not None and position not in self.local_positions:
+            return whole
+        start = self.local_vectors.get(position)
+        mask = rows if columns is None else columns
+        if mask is None and (start is None or self.skip_idle_masks):
+            return whole
+        count = len(start if mask is None else mask)
+        if start is None or len(start) != count:
+            start = self._fresh(count, operator)
+        images = eliminating(rows, columns).nonzero().squeeze(1) if self.skip_idle_masks else range(count)
+        if len(images) == count:
+            norm, self.local_vectors[position] = self._iterate(operator, start, rows, columns)
+            return norm
+        whole, self.local_vectors[position] = whole.expand(count), start
+        if not len(images):
+            return whole
+        rows, columns = (None if mask is None else mask[images] for mask in (rows, columns))
+        norm, vectors = self._iterate(operator, start[images], rows, columns)
+        self.local_vectors[position] = start.index_copy(0, images, vectors)
+        return whole.index_copy(0, images, norm)
+
+    def _random(self, count: int, operator: LinearOperator) -> Tensor:
+        shape = min(operator.input_shape, operator.output_shape, key=torch.Size.numel)
+        weight = operator.weight
+        start = torch.randn(count, *shape, generator=self._generator, dtype=weight.dtype).to(weight.device)
+        return unit(start)[0]
+
+    def _fresh(self, count: int, operator: LinearOperator) -> Tensor:
+        # A mask that eliminates little moves the leading vector little; the random part reaches what is left
+        # when the mask eliminates the whole of it.
+        start = self._random(count, operator)
+        known = self.global_vectors.get(operator.position)
+        if known is None or known.shape[1:] != start.shape[1:]:
+            return start
+        return unit(known + 0.1 * start)[0]
+
+    def _iterate(
+        self, operator: LinearOperator, start: Tensor, rows: Tensor | None, columns: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """One norm per start vector and the vectors after the run, on the side of the start vectors."""
+        rows, columns = (None if mask is None else mask.to(start.dtype) for mask in (rows, columns))
+        scaled = operator.scaled
+
+        def forward(u: Tensor) -> Tensor:
+            return _switch_off(scaled.apply(u), rows)
+
+        def backward(v: Tensor) -> Tensor:
+            return _switch_off(scaled.adjoint(v), columns)
+
+        with torch.no_grad():
+            if start.shape[1:] == operator.input_shape:
+                u = _begin(start, columns)
+                for _ in range(self.iterations):
+                    v = forward(u)
+                    u, length = unit(backward(v))
+                v, length_before = unit(v)
+                norm = torch.where(length_before == 0, 0, length / length_before)
+                kept = _kept(u, start)
+            else:
+                v = _begin(start, rows)
+                for _ in range(self.iterations):
+                    u, _ = unit(backward(v))
+                    v = forward(u)
+                v, norm = unit(v)
+                kept = _kept(v, start)
+            norm = underflow_to_nan(norm * operator.scale, norm)
+        return _SingularValue.apply(operator.weight, operator, u, v, norm), kept
+
+
+class _SingularValue(torch.autograd.Function):
+    """sigma = v . (W u) for every image, known already, as a function of W; u and v are held fixed."""
+
+    @staticmethod
+    def forward(ctx, weight, operator, u, v, sigma):  # noqa: ANN001, ANN205
+        ctx.operator = operator
+        ctx.save_for_backward(u, v)
+        return sigma
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: ANN001, ANN205
+        u, v = ctx.saved_tensors
+        return ctx.operator.weight_gradient(u, v * per_image(grad, v)), None, None, None, None
+
+
+def _switch_off(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x.mul_(mask)
+
+
+def _begin(start: Tensor, mask: Tensor | None) -> Tensor:
+    """The start vector where the mask is on; the mask itself where that leaves nothing of it."""
+    return start if mask is None else _kept(start * mask, mask)
+
+
+def _kept(vector: Tensor, start: Tensor) -> Tensor:
+    """`vector`, or `start` where it is zero: a norm would stay zero after the layer has come back to life."""
+    dead = torch.linalg.vector_norm(vector, dim=entries(vector)) == 0
+    return torch.addcmul(vector, start, per_image(dead.to(start.dtype), start))

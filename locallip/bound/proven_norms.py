@@ -1,0 +1,293 @@
+"""Brackets that hold spectral norms: what a certificate needs where power iteration gives estimates from below.
+
+Everything here is float64, whatever the defaults of the process are.
+
+* Whole norms: a dense layer's by singular values; a convolution's by the smaller of a deterministic bound
+  (`torus.torus_norm`) and a long Lanczos run.
+* Masked norms: by Lanczos (`lanczos`) with a fixed number of steps from a start vector drawn after the mask is known;
+  those of a dense layer by singular values where these cost little more.
+
+Lanczos approaches a norm from below; the factor by which it can have fallen short is solved for at the probability that
+one norm of the run is allowed, and multiplied in.
+"""
+
+from __future__ import annotations
+
+import copy
+import secrets
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from locallip.bound.lanczos import inflation, largest_ritz_value
+from locallip.bound.norms import Arithmetic, Bracket
+from locallip.bound.operators import Conv, Dense, LinearOperator, Position
+from locallip.bound.rounding import FLOAT32, FLOAT64
+from locallip.bound.tensors import eliminating
+from locallip.bound.torus import torus_norm
+
+# What a norm is rounded up by, relatively, per step and per term of the longest sum. Lanczos loses its theory when its
+# basis loses orthogonality, so every vector is orthogonalised against all before it, twice, which keeps the basis
+# orthonormal to a small multiple of u = 2^-53 (Giraud, Langou, Rozloznik, van den Eshof, Numer. Math. 101, 2005). What
+# it computes is then exact for a matrix A + E with ||E|| of the order k n u ||A||, after k steps with sums of n terms;
+# ten times that is allowed for. Dense norms and Fourier transforms are as backward stable, and count as 100 steps.
+_ROUNDING_PER_STEP_AND_TERM = 10 * FLOAT64
+_DIRECT_STEPS = 100
+# Singular values of a matrix, which are exact, cost little more than Lanczos steps by an eighth of its smaller side.
+_STEPS_PER_SIDE = 8
+# Norms are taken of weights scaled to about 1; what underflows from there is below this.
+_UNDERFLOW = 1e-60
+# Unit roundoff of the network that the certificates are for.
+DEPLOYED = {"exact": 0.0, "float32": FLOAT32}
+# Bytes of Lanczos vectors at a time.
+_MEMORY = 2**29
+_MOST_WHOLES = 1_000
+
+
+class Budget:
+    """A failure probability, shared out beforehand among all norms of a run; overspending is refused.
+
+    Half of it is for masked norms, half for whole ones, of which there are at most 1,000.
+
+    Args:
+        failure_probability: that *any* norm of the run is too small.
+        planned: how many masked norms the run will ask for at most, one per image, layer and stage.
+
+    Raises:
+        ValueError: for a probability that does not lie between 0 and 1.
+    """
+
+    def __init__(self, failure_probability: float, planned: int):
+        if not 0 < failure_probability < 1:
+            raise ValueError(f"the failure probability must lie between 0 and 1, got {failure_probability}")
+        self.failure_probability = failure_probability
+        self._masked_left, self._wholes_left = planned, _MOST_WHOLES
+        self._per_masked = failure_probability / 2 / max(planned, 1)
+        self._per_whole = failure_probability / 2 / _MOST_WHOLES
+
+    def for_masked(self, count: int) -> float:
+        """The share of each of `count` masked norms, which are spent by this.
+
+        Raises:
+            RuntimeError: if more are asked for than planned.
+        """
+        self._masked_left -= count
+        if self._masked_left < 0:
+            raise RuntimeError("more norms were asked for than planned, so the failure probability would not hold")
+        return self._per_masked
+
+    def for_whole(self) -> float:
+        """The share of a whole norm, which is spent by this; errors as `for_masked`."""
+        self._wholes_left -= 1
+        if self._wholes_left < 0:
+            raise RuntimeError("more layers than planned, so the failure probability would not hold")
+        return self._per_whole
+
+
+class ProvenNorms:
+    """Brackets of norms that all hold together, but for a chosen probability.
+
+    Args:
+        failure_probability, planned: see `Budget`.
+        steps: Lanczos steps per masked norm; 0 answers every masked norm with the whole one, at no cost.
+        whole_steps: the same for whole norms, one per layer.
+        seed: of the pseudo-random generator (PCG64) of the start vectors; None takes 128 bits from the operating
+            system. Whoever knows it could make a network that the bound fails for, so a seed given is for repeating
+            a run.
+        deployed: what the certificates are to hold for: `exact`, the function that the weights define in exact
+            arithmetic, or `float32`, what the network computes in single precision.
+
+    Attributes:
+        seed: the seed in use.
+        steps: see above.
+    """
+
+    local_ball = True
+
+    def __init__(
+        self,
+        failure_probability: float,
+        planned: int,
+        steps: int = 100,
+        whole_steps: int = 400,
+        seed: int | None = None,
+        deployed: str = "exact",
+    ):
+        if deployed not in DEPLOYED:
+            raise ValueError(f"deployed must be one of {', '.join(DEPLOYED)}, got '{deployed}'")
+        self.arithmetic = Arithmetic(own=FLOAT64, deployed=DEPLOYED[deployed])
+        self.budget = Budget(failure_probability, planned)
+        self.steps = steps
+        self.seed = secrets.randbits(128) if seed is None else seed
+        self._whole_steps = whole_steps
+        self._known: dict[Position, _Whole] = {}
+        self._generator = np.random.default_rng(self.seed)
+
+    def with_steps(self, steps: int) -> ProvenNorms:
+        """The same norms by so many Lanczos steps: budget, generator and whole norms are shared."""
+        result = copy.copy(self)
+        result.steps = steps
+        return result
+
+    @torch.no_grad()
+    def whole(self, operator: LinearOperator) -> Bracket:
+        """||W||, scalars; computed again only when the layer has changed."""
+        return self._whole(operator).norm
+
+    @torch.no_grad()
+    def absolute(self, operator: LinearOperator) -> Tensor:
+        """At least || |W| ||, a scalar."""
+        return self._whole(operator).absolute
+
+    @torch.no_grad()
+    def masked(self, operator: LinearOperator, rows: Tensor | None, columns: Tensor | None, whole: Bracket) -> Bracket:
+        """||D_rows W D_columns|| for every image: (N,), never above `whole`; without masks `whole` itself."""
+        if (rows is None and columns is None) or whole.upper.isnan():
+            return whole
+        count = len(columns if rows is None else rows)
+        lower, upper = whole.lower.repeat(count), whole.upper.repeat(count)
+        # A mask that eliminates nothing leaves the layer as it is.
+        rest = eliminating(rows, columns).nonzero().squeeze(1)
+        if not len(rest):
+            return Bracket(lower, upper)
+        if self.steps == 0:
+            return Bracket(lower.index_fill(0, rest, 0), upper)
+        rows, columns = (None if mask is None else mask[rest] for mask in (rows, columns))
+        directly = isinstance(operator, Dense) and _STEPS_PER_SIDE * self.steps >= min(operator.weight.shape)
+        found = (_masked_dense if directly else self._masked_by_lanczos)(operator.scaled, rows, columns)
+        nothing_left = _is_empty(rows, len(rest), upper) | _is_empty(columns, len(rest), upper)
+        lower[rest] = found.lower * operator.scale
+        found_upper = torch.minimum(found.upper * operator.scale, whole.upper)
+        upper[rest] = torch.where(nothing_left, 0, found_upper)
+        return Bracket(lower, upper)
+
+    def _whole(self, operator: LinearOperator) -> _Whole:
+        known = self._known.get(operator.position)
+        if known is None or not known.is_of(operator):
+            if operator.weight.dtype != torch.float64:
+                raise ValueError(f"proven norms need a model in float64, but position {operator.position} is not")
+            known = self._known[operator.position] = self._measure(operator)
+        return known
+
+    def _measure(self, operator: LinearOperator) -> _Whole:
+        """Bracket a whole norm; NaN where a weight is not finite."""
+        share = self.budget.for_whole()
+        scaled, scale = operator.scaled, operator.scale
+        if not operator.weight.isfinite().all():
+            nan = scale * torch.nan
+            return _Whole(operator, Bracket(nan, nan), nan)
+        if not operator.weight.any():
+            zero = scale * 0
+            return _Whole(operator, Bracket(zero, zero), zero)
+        entries = scaled.absolute_operator()
+        if isinstance(scaled, Dense):
+            lower, upper = _bracket(torch.linalg.matrix_norm(scaled.weight, ord=2), scaled, _DIRECT_STEPS)
+            absolute = _bracket(torch.linalg.matrix_norm(entries.weight, ord=2), scaled, _DIRECT_STEPS).upper
+        else:
+            (lower,), (upper,) = self._lanczos(scaled, None, None, 1, self._whole_steps, share)
+            upper = torch.minimum(upper, torus_bound(scaled))
+            absolute = torus_bound(entries)
+        return _Whole(operator, Bracket(lower * scale, upper * scale), absolute * scale)
+
+    def _masked_by_lanczos(self, operator: LinearOperator, rows: Tensor | None, columns: Tensor | None) -> Bracket:
+        count = len(columns if rows is None else rows)
+        share = self.budget.for_masked(count)
+        dimension = min(operator.input_shape.numel(), operator.output_shape.numel())
+        at_a_time = max(1, _MEMORY // (8 * dimension * (self.steps + 1)))
+        brackets = []
+        for images in torch.arange(count, device="cpu").split(at_a_time):
+            masks = [None if mask is None else mask[images.to(mask.device)] for mask in (rows, columns)]
+            brackets.append(self._lanczos(operator, *masks, len(images), self.steps, share))
+        return Bracket(*(torch.cat(ends) for ends in zip(*brackets)))
+
+    def _lanczos(
+        self,
+        operator: LinearOperator,
+        rows: Tensor | None,
+        columns: Tensor | None,
+        count: int,
+        steps: int,
+        probability: float,
+    ) -> Bracket:
+        """Brackets (count,) of ||D_rows W D_columns||; each upper end fails with at most this probability."""
+        on_input_side = operator.input_shape.numel() <= operator.output_shape.numel()
+        shape, mask = (operator.input_shape, columns) if on_input_side else (operator.output_shape, rows)
+        rows, columns = (None if m is None else m.double() for m in (rows, columns))
+
+        def gram(v: Tensor) -> Tensor:
+            """M^T M v on the input side or M M^T v on the output side, flattened."""
+            v = v.view(count, *shape)
+            if on_input_side:
+                image = _times(operator.adjoint(_times(operator.apply(v), rows)), columns)
+            else:
+                image = _times(operator.apply(_times(operator.adjoint(v), columns)), rows)
+            return image.flatten(1)
+
+        def draw() -> Tensor:
+            return _times(self._normal(count, shape, operator.weight.device), mask).flatten(1)
+
+        if mask is None:
+            dimension = torch.full((count,), float(shape.numel()), dtype=torch.float64, device="cpu")
+        else:
+            dimension = mask.flatten(1).sum(dim=1).double().cpu()
+        largest = largest_ritz_value(gram, draw, steps)  # (count,)
+        factor = inflation(dimension, steps, probability).to(largest.device)
+        lower, upper = _bracket(largest.clamp(min=0).sqrt(), operator, steps)
+        return Bracket(lower, torch.where(factor.isinf(), factor, upper * factor))
+
+    def _normal(self, count: int, shape: torch.Size, device: torch.device) -> Tensor:
+        return torch.from_numpy(self._generator.standard_normal((count, *shape))).to(device)
+
+
+@dataclass
+class _Whole:
+    """What is known of a whole operator: a bracket of ||W||, and a bound on || |W| ||."""
+
+    operator: LinearOperator
+    norm: Bracket
+    absolute: Tensor
+
+    def __post_init__(self) -> None:
+        self._weight = self.operator.weight.detach().clone()
+
+    def is_of(self, operator: LinearOperator) -> bool:
+        """Whether this is the same operator still: another network's, or changed weights, must never be mistaken."""
+        mine = self.operator
+        same_place = (mine.input_shape, mine.output_shape) == (operator.input_shape, operator.output_shape)
+        return same_place and mine.geometry() == operator.geometry() and torch.equal(self._weight, operator.weight)
+
+
+def torus_bound(operator: Conv) -> Tensor:
+    """Upper bound on the norm of a zero-padded convolution, a scalar, without chance; rounding is allowed for."""
+    return _bracket(torus_norm(operator), operator, _DIRECT_STEPS).upper
+
+
+def _bracket(norm: Tensor, operator: LinearOperator, steps: int) -> Bracket:
+    """Around a computed norm of a scaled operator, what rounding and underflow can have changed."""
+    weight, vector = operator.weight, max(operator.input_shape.numel(), operator.output_shape.numel())
+    terms = max(weight[0].numel(), len(weight) * weight[0, 0].numel(), vector)
+    margin = _ROUNDING_PER_STEP_AND_TERM * steps * terms
+    return Bracket(norm * (1 - margin), norm * (1 + margin) + _UNDERFLOW)
+
+
+def _times(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
+
+
+def _is_empty(mask: Tensor | None, count: int, like: Tensor) -> Tensor:
+    """(N,) bool: the mask switches everything off."""
+    return like.new_zeros(count, dtype=torch.bool) if mask is None else ~mask.flatten(1).any(dim=1)
+
+
+def _masked_dense(operator: Dense, rows: Tensor | None, columns: Tensor | None) -> Bracket:
+    """Brackets of the norms of what is left of a matrix, image by image, since every image leaves another size."""
+    norms = []
+    for image in range(len(columns if rows is None else rows)):
+        left = operator.weight
+        left = left if rows is None else left[rows[image]]
+        left = left if columns is None else left[:, columns[image]]
+        small = left @ left.T if len(left) <= left.shape[1] else left.T @ left
+        norms.append(torch.linalg.eigvalsh(small)[-1].clamp(min=0).sqrt() if small.numel() else small.new_zeros(()))
+    return _bracket(torch.stack(norms), operator, _DIRECT_STEPS)

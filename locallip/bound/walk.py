@@ -1,0 +1,265 @@
+"""The walk through a network with ball and box: the method of Huang et al., NeurIPS 2021 (arXiv 2111.01395).
+
+`propagate` walks once through a network with three things in hand: the activations at x, the radius of a ball around
+them, and a box, both of which hold the activations of every x' with ||x' - x||_2 <= epsilon. From the box it reads
+which activations cannot vary in the ball (paper, section 3.2); the linear layers lose those rows and columns, and the
+norms of what is left multiply to the local Lipschitz constant. All radii are in the space of x, which is pixel space
+for every network here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from locallip.bound.activations import Activation
+from locallip.bound.bound import Bound, HiddenLayer
+from locallip.bound.graph import Graph
+from locallip.bound.norms import Bracket, Norms
+from locallip.bound.operators import Dense, LinearOperator, Position
+from locallip.bound.region import CenteredRegion, Point, Region
+from locallip.bound.rounding import ExactArithmetic, Rounding
+from locallip.bound.rules import Reshape
+from locallip.bound.tensors import per_image
+
+
+def propagate(
+    model: nn.Module | Graph,
+    x: Tensor,
+    epsilon: float | Tensor,
+    norms: Norms,
+    clip: tuple[float, float] | None = None,
+    sparse_threshold: float | None = None,
+    fused: bool = True,
+    box: bool = True,
+    keep_layers: bool = False,
+) -> Bound:
+    """Walk through the network with ball and box.
+
+    Args:
+        model: ends in an `nn.Linear`; every layer before it has a registered rule.
+        x: (N, ...) images.
+        epsilon: L2 radius in the space of x, one for all or one per image (N,).
+        norms: answers for the spectral norms, e.g. `PowerIteration(5)`.
+        clip: smallest and largest value of a valid image, if the bound need hold for valid images only. x has to be
+            valid itself: the box must hold it.
+        sparse_threshold: asks for `Bound.sparsity`, in which this is the weight of reaching below a threshold of
+            clipped ReLU beside reaching above 0.
+        fused: take a linear layer's box through its activation in one step where nothing is rounded, or operation by
+            operation, which is slower and gives the same but for rounding.
+        box: False takes the ball alone along. Then nothing is known to be constant, local norms are the global ones,
+            and the walk costs little more than a forward pass (the bound of GloRo: Leino et al. 2021). `clip` makes
+            no use of valid images then, and there is no `sparse_threshold`.
+        keep_layers: asks for `Bound.layers`, which takes the memory of all activations.
+
+    Raises:
+        TypeError: names the first layer without a rule and its position; no layer is ever skipped.
+        ValueError: for an epsilon that is negative or NaN, an x outside of `clip`, a `sparse_threshold` without a box,
+            batch normalisation or dropout in training mode, or an activation whose rounding nobody knows in a proof.
+    """
+    valid = (epsilon >= 0).all() if isinstance(epsilon, Tensor) else epsilon >= 0
+    if not valid:
+        raise ValueError(f"epsilon must not be negative, got {epsilon}")
+    epsilon = torch.as_tensor(epsilon, dtype=x.dtype, device=x.device).expand(len(x))
+    if clip is not None and ((x < clip[0]) | (x > clip[1])).any():
+        raise ValueError(f"an image has values outside of {clip}")
+    if not box and sparse_threshold is not None:
+        raise ValueError("how far boxes reach cannot be told without a box")
+    graph = model if isinstance(model, Graph) else Graph.of(model)
+    meanings = graph.meanings(x, norms.arithmetic)
+    walk = _Walk(epsilon, norms, sparse_threshold, fused, keep_layers)
+    state = walk.first(x, clip, box)
+    for position, meaning in meanings:
+        if isinstance(meaning, LinearOperator):
+            state = walk.linear(state, meaning)
+        elif isinstance(meaning, Activation):
+            state = walk.activation(state, position, meaning)
+        else:
+            state = walk.reshape(state, meaning)
+    return walk.finish(state, graph.last_operator())
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A linear layer whose local norm waits for the activations behind it to say which rows are left.
+
+    Rows follow as long as every activation treats each entry by itself; one that mixes entries ends that.
+    """
+
+    operator: LinearOperator
+    whole: Bracket
+    columns: Tensor | None
+    region: Region | None = None  # behind the layer, where layers are kept
+    activations: tuple[Activation, ...] = ()
+    rows: Tensor | None = None
+    rows_follow: bool = True
+
+
+@dataclass(frozen=True)
+class _State:
+    """What is known at one place of the network, of N images.
+
+    Attributes:
+        region: ball and box.
+        local: (N,) product of the local norms so far, but for that of the open layer.
+        lowest: (N,) the same of the lower ends of their brackets.
+        whole: scalar, product of the global norms so far.
+        rounding: of this computation, which ball and box have to allow for.
+        deployed: of the network that the bound is for.
+        columns: (N, ...) which of the current activations can vary; None: all.
+        open: see there.
+    """
+
+    region: Region
+    local: Tensor
+    lowest: Tensor
+    whole: Tensor
+    rounding: ExactArithmetic
+    deployed: ExactArithmetic
+    columns: Tensor | None = None
+    open: _Open | None = None
+
+
+class _Walk:
+    """Takes states from layer to layer; asks `norms` for the norms, and keeps what `Bound` reports of the layers."""
+
+    def __init__(self, epsilon: Tensor, norms: Norms, sparse_threshold: float | None, fused: bool, keep_layers: bool):
+        self._layers: list[HiddenLayer] | None = [] if keep_layers else None
+        self.epsilon, self.norms, self.sparse_threshold = epsilon, norms, sparse_threshold
+        self._allows = norms.arithmetic.allows_for_rounding
+        self._fused = fused and not self._allows
+        self._sparsity = None if sparse_threshold is None else epsilon.new_zeros(())
+        self._local_norms: dict[Position, Tensor] = {}
+        self._global_norms: dict[Position, Tensor] = {}
+        self._varying: dict[Position, Tensor] = {}
+        self._masks: dict[Position, tuple[Tensor | None, Tensor | None]] = {}
+
+    def first(self, x: Tensor, clip: tuple[float, float] | None, box: bool) -> _State:
+        """At the images x (N, ...)."""
+        arithmetic, none, one = self.norms.arithmetic, torch.zeros_like(self.epsilon), torch.ones_like(self.epsilon)
+        rounding, deployed = (
+            Rounding(u, none) if u else ExactArithmetic() for u in (arithmetic.own, arithmetic.deployed)
+        )
+        region = self._first_region(x, clip, rounding) if box else Point(x, self.epsilon)
+        return _State(region, one, one, self.epsilon.new_ones(()), rounding, deployed)
+
+    def _first_region(self, x: Tensor, clip: tuple[float, float] | None, rounding: ExactArithmetic) -> Region:
+        half = per_image(self.epsilon, x)
+        if clip is None and not self._allows:
+            return CenteredRegion(x, half)
+        half = half + rounding.widening(x, half)
+        lower, upper = x - half, x + half
+        if clip is not None:
+            lower, upper = lower.clamp(min=clip[0]), upper.clamp(max=clip[1])
+        return Region(x, lower, upper)
+
+    def linear(self, state: _State, operator: LinearOperator) -> _State:
+        """Behind W x + b."""
+        state = self._closed(state)
+        radius = self._radius(state, state.local if self.norms.local_ball else state.whole)
+        length = self._longest(state, radius)
+        region = state.region.behind(operator, radius, state.rounding.of_sums(operator, length))
+        norm = self.norms.whole(operator)
+        self._global_norms[operator.position] = norm.upper
+        whole = state.rounding.product(state.whole, norm.upper)
+        behind = state.rounding, state.deployed
+        if self._allows:
+            absolute = self.norms.absolute(operator)
+            behind = (rounding.behind_layer(operator, norm.upper, absolute, length) for rounding in behind)
+        rounding, deployed = behind
+        region = region.of_radius(rounding.product(self.epsilon, whole) + rounding.distance)
+        still_open = _Open(operator, norm, state.columns, None if self._layers is None else region)
+        return _State(region, state.local, state.lowest, whole, rounding, deployed, None, still_open)
+
+    def activation(self, state: _State, position: Position, activation: Activation) -> _State:
+        """Behind an activation."""
+        if self._sparsity is not None:
+            self._sparsity = self._sparsity + activation.slack(state.region, self.sparse_threshold)
+        region, varying = activation.behind(state.region, self._fused)
+        rounding = state.rounding
+        if self._allows:
+            if activation.rounding is None:
+                raise ValueError(
+                    f"the activation at position {position} does not say by how much it rounds; a proof needs that"
+                )
+            region = region.widened(activation.rounding)
+            rounding = rounding.behind_activation(activation.rounding, region.center[0].numel())
+        columns, still_open = state.columns, state.open
+        if still_open:
+            follow = still_open.rows_follow and activation.elementwise
+            still_open = replace(still_open, rows_follow=follow, activations=(*still_open.activations, activation))
+        if not activation.elementwise:
+            columns = None
+        if varying is not None:
+            columns = varying if columns is None else varying & columns
+            self._varying[position] = columns
+            if still_open and still_open.rows_follow:
+                rows = columns.reshape(-1, *still_open.operator.output_shape)
+                still_open = replace(still_open, rows=rows)
+        return replace(state, region=region, rounding=rounding, columns=columns, open=still_open)
+
+    def reshape(self, state: _State, reshape: Reshape) -> _State:
+        """Behind a layer that only renames entries, in the same order."""
+        columns = None if state.columns is None else reshape.function(state.columns)
+        return replace(state, region=state.region.reshape(reshape.function), columns=columns)
+
+    def finish(self, state: _State, last: Dense) -> Bound:
+        """Read off the last hidden layer and pass its value at x through the last layer."""
+        state = self._closed(state)
+        region, radius = state.region, self._radius(state, state.local)
+        length, logit_rounding = self._longest(state, radius), None
+        if length is not None:
+            # A millionth more outweighs the rounding of the difference of squares in `worst_logits`, which cancels.
+            radius = state.rounding.product(radius, radius.new_full((), 1 + 1e-6))
+            logit_rounding = state.rounding.of_logits(last, length) + state.deployed.of_logits(last, length)
+        return Bound(
+            logits=last.affine(region.center),
+            center=region.center,
+            lower=region.lower,
+            upper=region.upper,
+            radius=radius,
+            hidden_lipschitz=state.local,
+            lowest_hidden_lipschitz=state.lowest,
+            global_hidden_lipschitz=state.whole,
+            local_norms=self._local_norms,
+            global_norms=self._global_norms,
+            varying=self._varying,
+            masks=self._masks,
+            last=last,
+            last_columns=state.columns,
+            logit_rounding=logit_rounding,
+            layers=self._layers,
+            sparsity=self._sparsity,
+        )
+
+    def _radius(self, state: _State, lipschitz: Tensor) -> Tensor:
+        """(N,) of the ball that holds what the whole ball around x becomes, if that is its constant so far."""
+        return state.rounding.product(self.epsilon, lipschitz) + state.rounding.distance
+
+    def _longest(self, state: _State, radius: Tensor) -> Tensor | None:
+        """L2 length (N,) that no vector in box and ball exceeds, nor one that is multiplied; None if nothing asks."""
+        if not self._allows:
+            return None
+        region = state.region
+        largest = torch.maximum(region.lower.abs(), torch.maximum(region.upper.abs(), region.center.abs()))
+        return largest.flatten(1).norm(dim=1) + radius
+
+    def _closed(self, state: _State) -> _State:
+        """Ask for the local norm of the last linear layer, now that its rows are known."""
+        if state.open is None:
+            return state
+        operator, rows, columns = state.open.operator, state.open.rows, state.open.columns
+        norm = self.norms.masked(operator, rows, columns, state.open.whole)
+        lower, upper = (end.expand_as(self.epsilon) for end in norm)
+        if rows is not None:
+            self._varying[operator.position] = rows
+        self._masks[operator.position] = (rows, columns)
+        self._local_norms[operator.position] = upper
+        if self._layers is not None:
+            behind = None if state.columns is None else state.columns.reshape(-1, *operator.output_shape)
+            kept = state.open
+            self._layers.append(HiddenLayer(operator, kept.activations, kept.region, rows, behind, upper))
+        local = state.rounding.product(state.local, upper)
+        return replace(state, local=local, lowest=state.lowest * lower, open=None)

@@ -1,0 +1,100 @@
+"""Bounds on the logits in the ball, from ball and box at the last hidden layer (paper, section 3.4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from locallip.bound.bound import Bound
+from locallip.bound.operators import Dense
+
+
+def worst_logits(bound: Bound, y: Tensor, rounds: int = 1) -> Tensor:
+    """Upper bounds on the logits of the wrong classes, relative to the label's: (N, K).
+
+    Entry j is f_j + max (w_j - w_y) . delta over the ball and the box at the last hidden layer, entry y is f_y. Every
+    number of rounds gives an upper bound; more rounds use more of the box (paper, section 3.4). Where a square
+    underflows, a bound that allows for no rounding is NaN.
+
+    y: (N,) labels. rounds: how often entries that leave the box are pinned to its face.
+    """
+    direction = bound.last.weight - bound.last.weight[y].unsqueeze(1)  # (N, K, H)
+    to_upper = (bound.upper - bound.center).unsqueeze(1)  # (N, 1, H)
+    to_lower = (bound.lower - bound.center).unsqueeze(1)
+    face = torch.where(direction > 0, to_upper, to_lower)  # (N, K, H) where the box ends in that direction
+    radius = bound.radius[:, None, None]
+    pinned = _pinned(direction, face, radius, rounds)
+
+    # At the optimum over the pinned entries, the free part is parallel to the direction with what radius is left.
+    on_faces = torch.where(pinned, direction * face, 0).sum(dim=2)  # (N, K)
+    radius_left = radius.squeeze(2) ** 2 - torch.where(pinned, face, 0).square().sum(dim=2)
+    unpinned = torch.where(pinned, 0, direction)
+    free = unpinned.square().sum(dim=2)
+    worst = bound.logits + on_faces + _sqrt(radius_left) * _sqrt(free)
+    if bound.logit_rounding is None:
+        smallest = torch.finfo(worst.dtype).tiny
+        lost = (radius.squeeze(2) > 0) & (radius.squeeze(2) ** 2 < smallest)
+        lost = lost | ((free < smallest) & (unpinned != 0).any(dim=2))
+        return torch.where(lost, torch.nan, worst)
+    # A margin is off by what its two logits are off by.
+    rounding = bound.logit_rounding + bound.logit_rounding.gather(1, y[:, None])
+    return worst + rounding.scatter(1, y[:, None], 0)
+
+
+# Rounds of pinning between two looks at whether anything still leaves the box: a GPU is waited for at every look.
+_ROUNDS_PER_LOOK = {"cpu": 1, "cuda": 16}
+
+
+@torch.no_grad()
+def _pinned(direction: Tensor, face: Tensor, radius: Tensor, rounds: int) -> Tensor:
+    """Which entries (N, K, H) end up on a face when the longest step along `direction` is pushed back into the box."""
+    pinned = torch.zeros_like(direction, dtype=torch.bool)
+    rounds_per_look = _ROUNDS_PER_LOOK.get(direction.device.type, 1)
+    for number in range(1, rounds + 1):
+        radius_left = radius**2 - torch.where(pinned, face, 0).square().sum(dim=2, keepdim=True)
+        free = torch.where(pinned, 0, direction).square().sum(dim=2, keepdim=True)
+        scale = radius_left.clamp(min=0).sqrt() / free.sqrt()  # (N, K, 1); infinite or NaN once nothing is free
+        leaves = (direction * scale).abs() > face.abs()
+        if number % rounds_per_look == 0 and not (leaves & ~pinned).any():
+            break
+        pinned |= leaves
+    return pinned
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Square root with slope 0 at 0; below 0, where only rounding can lead, 0."""
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1).sqrt(), torch.where(x.isnan(), x, 0))
+
+
+def gloro_logits(bound: Bound, y: Tensor, rounds: int = 1) -> Tensor:
+    """The logits at x with the largest worst-case wrong logit as one more class: (N, K + 1)."""
+    return with_worst_class(bound.logits, worst_logits(bound, y, rounds), y)
+
+
+def global_radius(logits: Tensor, y: Tensor, last: Dense, hidden_lipschitz: Tensor) -> Tensor:
+    """Radius (N,) up to which a Lipschitz constant alone certifies; rounding is not allowed for.
+
+    logits: (N, K) at x. y: (N,) labels. last: the layer that makes them. hidden_lipschitz: up to the layer before.
+    """
+    margins = logits.gather(1, y[:, None]) - logits  # (N, K)
+    slopes = (last.weight[y].unsqueeze(1) - last.weight).norm(dim=2) * hidden_lipschitz
+    return (margins / slopes).scatter(1, y[:, None], torch.inf).amin(dim=1).clamp(min=0)
+
+
+def worst_margin(worst: Tensor, y: Tensor) -> Tensor:
+    """By how much the label's logit exceeds every other in the whole ball: (N,). Certified is where it is > 0.
+
+    A tie gives 0, and a NaN in any logit a NaN; neither is > 0.
+
+    worst: (N, K) from `worst_logits`. y: (N,) labels.
+    """
+    return worst.gather(1, y[:, None]).squeeze(1) - _largest_wrong(worst, y)
+
+
+def with_worst_class(logits: Tensor, worst: Tensor, y: Tensor) -> Tensor:
+    return torch.cat([logits, _largest_wrong(worst, y).unsqueeze(1)], dim=1)  # (N, K + 1)
+
+
+def _largest_wrong(logits: Tensor, y: Tensor) -> Tensor:
+    return logits.scatter(1, y[:, None], -torch.inf).amax(dim=1)  # (N,)

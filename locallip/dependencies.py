@@ -1,0 +1,59 @@
+"""The two dependencies that do not import as they come, mended in one place.
+
+Import `datasets` and `L2PGDAttack` from here, not from their packages.
+
+torchvision: PyPI's wheel of it is built against the CUDA build of torch. Beside a CPU-only torch its compiled
+operators cannot be loaded, and its import then fails while it describes two of them (`operator torchvision::nms does
+not exist`, then `qnms`). Only its data sets are used here, which need none of them, so the two are declared, without
+an implementation: to call them stays an error. Where the compiled operators load, nothing is touched.
+
+advertorch: 0.2.3 is its last release, and one of its attacks imports `zero_gradients`, which torch removed in 1.9.
+It is put back with the meaning it had.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_UNDECLARED_OPERATORS = ("nms", "qnms")
+# A library's declarations live as long as the object does.
+_declared: list[torch.library.Library] = []
+
+
+def _import_datasets() -> ModuleType:
+    try:
+        from torchvision import datasets
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in _UNDECLARED_OPERATORS:
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _declared.append(library)
+        from torchvision import datasets
+    return datasets
+
+
+def _zero_gradients(x: Tensor) -> None:
+    """Set the gradient of a leaf tensor to zero where it has one."""
+    if x.grad is not None:
+        x.grad.detach_()
+        x.grad.zero_()
+
+
+def _import_l2_pgd() -> type:
+    # `torch.autograd.gradcheck` as an attribute is the function of that name, which hides its module.
+    module = importlib.import_module("torch.autograd.gradcheck")
+    if not hasattr(module, "zero_gradients"):
+        module.zero_gradients = _zero_gradients
+    from advertorch.attacks import L2PGDAttack
+
+    return L2PGDAttack
+
+
+datasets = _import_datasets()
+L2PGDAttack = _import_l2_pgd()

@@ -1,0 +1,64 @@
+"""One singular vector per training image and layer, kept between the epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class StoredVectors:
+    """One singular vector per training image and layer, which warm-start the power iteration of the image's next visit.
+
+    Kept in half precision: a start vector needs no more. They lie on `device` if they take at most half of its free
+    memory, else in host memory.
+
+    Args:
+        images: number of images.
+        shapes: shape of one image's vector, by position.
+        device: where the vectors are used.
+        seed: of the start vectors.
+        host_memory: bytes that they may take in host memory; None: any number.
+
+    Raises:
+        MemoryError: if that is too little.
+    """
+
+    def __init__(
+        self,
+        images: int,
+        shapes: Mapping[int | str, torch.Size],
+        device: torch.device,
+        seed: int = 0,
+        host_memory: int | None = None,
+    ):
+        self.bytes = 2 * images * sum(shape.numel() for shape in shapes.values())
+        self._used_on = device
+        self.device = device if self._fits(device) else torch.device("cpu")
+        if self.device.type == "cpu" and host_memory is not None and self.bytes > host_memory:
+            raise MemoryError(f"they take {self.bytes / 1e9:,.1f} GB, and {host_memory / 1e9:,.1f} GB are free")
+        generator = torch.Generator().manual_seed(seed)
+        self._vectors = {}
+        for position, shape in shapes.items():
+            vector = torch.randn(1, *shape, generator=generator) / shape.numel() ** 0.5
+            # In the order in which training convolves; what is read and written is each image's as a whole anyway.
+            order = torch.channels_last if len(shape) == 3 else torch.contiguous_format
+            room = torch.empty(images, *shape, dtype=torch.half, device=self.device, memory_format=order)
+            self._vectors[position] = room.copy_(vector)
+
+    def _fits(self, device: torch.device) -> bool:
+        return device.type != "cuda" or self.bytes <= torch.cuda.mem_get_info(device)[0] / 2
+
+    def read(self, indices: Tensor) -> dict[int | str, Tensor]:
+        """Start vectors (B, *shape) in float32 of the images at `indices`, by position."""
+        rows = indices.to(self.device)
+        read = {p: vectors[rows].to(self._used_on).float() for p, vectors in self._vectors.items()}
+        # A little of everything: a part of the layer that was masked out at the last visit may have come back since.
+        return {p: vectors + 1e-3 / vectors[0].numel() ** 0.5 for p, vectors in read.items()}
+
+    def write(self, indices: Tensor, vectors: Mapping[int | str, Tensor]) -> None:
+        """Keep what the iteration has come to for the images at `indices`."""
+        rows = indices.to(self.device)
+        for position, kept in self._vectors.items():
+            kept[rows] = vectors[position].to(self.device, torch.half)
