@@ -93,7 +93,7 @@ def _thresholds(*thresholds: Threshold) -> Iterator[Threshold]:
     return (_entries(t) if isinstance(t, Tensor) else t for t in thresholds)
 
 
-def _broadcast(x: Tensor, clip: Clip) -> tuple[Tensor, Threshold, Threshold]:
+def _broadcast(x: Tensor, clip: Clipping) -> tuple[Tensor, Threshold, Threshold]:
     """x, low and high, expanded to one another where the thresholds are not one for each entry of an image."""
     tensors = [t for t in (clip.low, clip.high) if isinstance(t, Tensor)]
     entries = (x.shape[1] // 2, *x.shape[2:]) if clip.pairs else x.shape[1:]
