@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
+import torch.fx.experimental._config
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Threshold = Tensor | float
 Ends = tuple[Tensor, Tensor, Tensor]  # centre of the ball, lower and upper ends of the box; (N, ...) each
@@ -44,51 +46,76 @@ def through_activation(stack: Tensor, half: Tensor, reach: Tensor, clip: Clippin
         (2N, ...) centres and middles of the box behind the activation, (N, ...) its half-widths, and (N, ...) bool,
         which outputs can vary in the box.
     """
-    outputs = _ThroughActivation.apply(
-        *(_entries(x) if isinstance(x, Tensor) else x for x in (stack, half, reach, clip.low, clip.high)), clip.pairs
-    )
-    stack, half, varying = (_as_before(x, half) for x in outputs)
+    copies = 1 + (len(stack) > len(half))
+    tensors = [_entries(x, clip.pairs) for x in (stack, half, reach)]
+    tensors[0] = tensors[0].unflatten(0, (copies, len(half)))
+    outputs = _ThroughActivation.apply(*tensors, *_thresholds(clip.low, clip.high), clip.pairs)
+    stack, half, varying = (_as_before(x, half, clip.pairs) for x in (outputs[0].flatten(0, 1), *outputs[1:]))
     return stack, half, varying.bool()
 
 
 def activation(x: Tensor, clip: Clipping) -> Tensor:
     """What an activation makes of a tensor alone. x: (N, C, ...) with C even for pairs."""
-    return _PASSES["activation"](x, clip.low, clip.high, clip.pairs)
+    x, low, high = _broadcast(x, clip)
+    entries = x
+    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        entries, low, high = (t.flatten(1) if isinstance(t, Tensor) else t for t in (x, low, high))
+    out = _Activation.apply(_entries(entries, clip.pairs), *_thresholds(low, high), clip.pairs)
+    return _as_before(out, entries, clip.pairs).reshape(x.shape)
 
 
 def compile_activations() -> None:
-    """Compile all passes for this process, at their first use, which takes up to a minute.
+    """Compile all passes for this process, at their first use, which takes some ten seconds for each.
 
     Without a compiler they run as they stand, and a warning says so.
     """
-    # Convolutions and dense layers, first layers and last batches: each may get a version of its own.
-    torch._dynamo.config.recompile_limit = 32
-    to_compile = {"activation": _clipped, "forward": _forward, "backward": _backward}
-    _PASSES.update({name: _compiled(function) for name, function in to_compile.items()})
+    # By activation, rank and number of stacked tensors a pass has up to nine versions for float32 alone.
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    _PASSES.update({name: _compiled(function) for name, function in _PLAIN_PASSES.items()})
 
 
-def _entries(x: Tensor) -> Tensor:
-    """(N, C, H, W) or (N, C) as (N, entries, C), which in channels-last order copies nothing."""
-    return (x.movedim(1, -1).flatten(1, -2) if x.dim() == 4 else x.unsqueeze(1)).contiguous()
+# --- one layout for all layers, so that a pass is compiled once and not for every layer ------------------------------
 
 
-def _as_before(x: Tensor, like: Tensor) -> Tensor:
-    """(N, entries, C) as (N, C, H, W) or (N, C) again."""
+def _entries(x: Tensor, pairs: bool = False) -> Tensor:
+    """(N, C, H, W) or (N, C) as (N, entries, C), pairs as (N, entries, 2, C / 2); channels-last is not copied."""
+    x = (x.movedim(1, -1).flatten(1, -2) if x.dim() == 4 else x.unsqueeze(1)).contiguous()
+    return x.unflatten(-1, (2, -1)) if pairs else x
+
+
+def _as_before(x: Tensor, like: Tensor, pairs: bool) -> Tensor:
+    """(N, entries, C) or (N, entries, 2, C / 2) as (N, C, H, W) or (N, C) again."""
+    x = x.flatten(-2) if pairs else x
     return x.unflatten(1, like.shape[2:]).movedim(-1, 1) if like.dim() == 4 else x.squeeze(1)
 
 
-# --- the formulas, for tensors of (N, entries, C) --------------------------------------------------------------------
+def _thresholds(*thresholds: Threshold) -> Iterator[Threshold]:
+    return (_entries(t) if isinstance(t, Tensor) else t for t in thresholds)
+
+
+def _broadcast(x: Tensor, clip: Clipping) -> tuple[Tensor, Threshold, Threshold]:
+    """x, low and high, expanded to one another where the thresholds are not one for each entry of an image."""
+    tensors = [t for t in (clip.low, clip.high) if isinstance(t, Tensor)]
+    entries = (x.shape[1] // 2, *x.shape[2:]) if clip.pairs else x.shape[1:]
+    if all(t.shape == (1, *entries) for t in tensors):
+        return x, clip.low, clip.high
+    shape = torch.broadcast_shapes((len(x), *entries), *(t.shape for t in tensors))
+    low, high = (t.expand(shape) if isinstance(t, Tensor) else t for t in (clip.low, clip.high))
+    return x if clip.pairs else x.expand(shape), low, high
+
+
+# --- the formulas, for tensors of (N, entries, C), or of pairs (N, entries, 2, C / 2) --------------------------------
 
 
 def _forward(
     stack: Tensor, half: Tensor, reach: Tensor, low: Threshold, high: Threshold, pairs: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # `varying` as numbers: compiled code stores booleans one by one.
+    # stack: (2 or 1, N, ...). `varying` as numbers: compiled code stores booleans one by one.
     if not pairs:
         center, lower, upper = _cut(stack, half, reach)
         varying = (~((upper <= low) | (lower >= high))).to(half.dtype)
         center, lower, upper = (_clip(x, low, high) for x in (center, lower, upper))
-        return torch.cat([center, (upper + lower) * 0.5]), (upper - lower) * 0.5, varying
+        return torch.stack([center, (upper + lower) * 0.5]), (upper - lower) * 0.5, varying
     first, second = (_cut(*part) for part in _halves(stack, half, reach))
     larger_center, larger_lower, larger_upper = (torch.maximum(a, b) for a, b in zip(first, second))
     smaller_center, smaller_lower, smaller_upper = (torch.minimum(a, b) for a, b in zip(first, second))
@@ -102,7 +129,7 @@ def _forward(
     center = _join(larger_center, smaller_center)
     middle = _join((larger_upper + larger_lower) * 0.5, (smaller_upper + smaller_lower) * 0.5)
     half = _join((larger_upper - larger_lower) * 0.5, (smaller_upper - smaller_lower) * 0.5)
-    return torch.cat([center, middle]), half, varying
+    return torch.stack([center, middle]), half, varying
 
 
 def _backward(
@@ -139,34 +166,49 @@ def _backward(
 
 def _cut(stack: Tensor, half: Tensor, reach: Tensor) -> Ends:
     """Centre of the ball, and the ends of the intersection of its own box with the box."""
-    center, middle = stack[: len(half)], stack[-len(half) :]
+    center, middle = stack[0], stack[-1]
     return center, torch.maximum(middle - half, center - reach), torch.minimum(middle + half, center + reach)
 
 
 def _grad_ends(grad_stack: Tensor, grad_half: Tensor) -> Ends:
     """From gradients of centre, middle and half-width to those of centre, lower and upper end."""
-    grad_center, grad_middle = grad_stack.chunk(2)
+    grad_center, grad_middle = grad_stack.unbind(0)
     return grad_center, (grad_middle - grad_half) * 0.5, (grad_middle + grad_half) * 0.5
 
 
 def _cut_backward(grads: Ends, stack: Tensor, half: Tensor, reach: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """From gradients of centre and ends of the intersection to those of stack, half and reach."""
-    center, middle = stack[: len(half)], stack[-len(half) :]
+    center, middle = stack[0], stack[-1]
     grad_center, grad_lower, grad_upper = grads
     ball_lower = grad_lower * (center - reach > middle - half)
     ball_upper = grad_upper * (center + reach < middle + half)
     box_lower, box_upper = grad_lower - ball_lower, grad_upper - ball_upper
     grad_center, grad_middle = grad_center + ball_lower + ball_upper, box_lower + box_upper
-    grad_stack = torch.cat([grad_center, grad_middle]) if len(stack) > len(half) else grad_center + grad_middle
+    grad_stack = torch.stack([grad_center, grad_middle]) if len(stack) > 1 else (grad_center + grad_middle).unsqueeze(0)
     return grad_stack, box_upper - box_lower, (ball_upper - ball_lower).sum_to_size(len(half), *reach.shape[1:])
 
 
 def _clipped(x: Tensor, low: Threshold, high: Threshold, pairs: bool) -> Tensor:
-    """The activation of x (N, C, ...)."""
     if not pairs:
         return _clip(x, low, high)
-    a, b = x.chunk(2, dim=1)
-    return torch.cat([torch.minimum(torch.maximum(a, b), high), torch.maximum(torch.minimum(a, b), low)], dim=1)
+    a, b = x.unbind(-2)
+    return _join(torch.minimum(torch.maximum(a, b), high), torch.maximum(torch.minimum(a, b), low))
+
+
+def _clipped_backward(
+    grad: Tensor, x: Tensor, low: Threshold, high: Threshold, pairs: bool, learns: bool
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, and of low and high before their sum over the images; None: a number, or nothing `learns`."""
+    if not pairs:
+        over = grad * (x >= high) if learns and isinstance(high, Tensor) else None
+        return grad * ((x > low) & (x < high)), None, over
+    (a, b), (grad_larger, grad_smaller) = x.unbind(-2), grad.unbind(-2)
+    larger, smaller, in_order = torch.maximum(a, b), torch.minimum(a, b), a >= b
+    grad_low, grad_high = grad_smaller * (smaller <= low), grad_larger * (larger >= high)
+    grad_larger, grad_smaller = grad_larger * (larger < high), grad_smaller * (smaller > low)
+    grad_a = torch.where(in_order, grad_larger, grad_smaller)
+    grad_b = torch.where(in_order, grad_smaller, grad_larger)
+    return _join(grad_a, grad_b), *((grad_low, grad_high) if learns else (None, None))
 
 
 def _clip(x: Tensor, low: Threshold, high: Threshold) -> Tensor:
@@ -176,14 +218,27 @@ def _clip(x: Tensor, low: Threshold, high: Threshold) -> Tensor:
 
 def _halves(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The first halves of the channels of all tensors, then the second ones."""
-    return zip(*(x.chunk(2, dim=-1) for x in tensors))
+    return zip(*(x.unbind(-2) for x in tensors))
 
 
 def _join(first: Tensor, second: Tensor) -> Tensor:
-    return torch.cat([first, second], dim=-1)
+    return torch.stack([first, second], dim=-2)
 
 
-# --- their autograd function -----------------------------------------------------------------------------------------
+# --- their autograd functions ----------------------------------------------------------------------------------------
+
+_PLAIN_PASSES: dict[str, Callable[..., Any]] = {
+    "activation": _clipped,
+    "activation backward": _clipped_backward,
+    "forward": _forward,
+    "backward": _backward,
+}
+_PASSES = dict(_PLAIN_PASSES)
+
+
+def _pass(name: str, images: int) -> Callable[..., Any]:
+    """A pass, compiled or not. For one image alone it would be compiled anew, which does not pay."""
+    return (_PASSES if images > 1 else _PLAIN_PASSES)[name]
 
 
 class _Activation(torch.autograd.Function):
@@ -191,67 +246,68 @@ class _Activation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, low, high, pairs):  # noqa: ANN001, ANN205
-        ctx.numbers, ctx.pairs = [None if isinstance(t, Tensor) else t for t in (low, high)], pairs
-        ctx.save_for_backward(x, *(t for t in (low, high) if isinstance(t, Tensor)))
-        return _clipped(x, low, high, pairs)
+        _save(ctx, (x,), low, high, pairs)
+        return _pass("activation", len(x))(x, low, high, pairs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # noqa: ANN001, ANN205
-        x, *tensors = ctx.saved_tensors
-        low, high = (tensors.pop(0) if number is None else number for number in ctx.numbers)
-        wants_low, wants_high = ctx.needs_input_grad[1:3]
-        if not ctx.pairs:
-            grad_high = _sum_to(grad * (x >= high), high) if wants_high else None
-            return (grad * ((x > low) & (x < high))).sum_to_size(x.shape), None, grad_high, None
-        (a, b), (grad_larger, grad_smaller) = x.chunk(2, dim=1), grad.chunk(2, dim=1)
-        larger, smaller, in_order = torch.maximum(a, b), torch.minimum(a, b), a >= b
-        grad_high = _sum_to(grad_larger * (larger >= high), high) if wants_high else None
-        grad_low = _sum_to(grad_smaller * (smaller <= low), low) if wants_low else None
-        grad_larger, grad_smaller = grad_larger * (larger < high), grad_smaller * (smaller > low)
-        grad_a = torch.where(in_order, grad_larger, grad_smaller)
-        grad_b = torch.where(in_order, grad_smaller, grad_larger)
-        return torch.cat([grad_a, grad_b], dim=1).sum_to_size(x.shape), grad_low, grad_high, None
-
-
-def _sum_to(grad: Tensor, threshold: Tensor) -> Tensor:
-    return _sum_over_images(grad).sum_to_size(threshold.shape)
-
-
-_PLAIN_PASSES = {"activation": _Activation.apply, "forward": _forward, "backward": _backward}
-_PASSES: dict[str, Callable[..., Any]] = dict(_PLAIN_PASSES)
+        (x,), low, high = _saved(ctx)
+        grads = _pass("activation backward", len(x))(
+            grad.contiguous(), x, low, high, ctx.pairs, any(ctx.needs_input_grad[1:3])
+        )
+        return grads[0], _sum_to(grads[1], low), _sum_to(grads[2], high), None
 
 
 class _ThroughActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, stack, half, reach, low, high, pairs):  # noqa: ANN001, ANN205
-        ctx.numbers, ctx.pairs = [None if isinstance(x, Tensor) else x for x in (low, high)], pairs
-        ctx.save_for_backward(stack, half, reach, *(x for x in (low, high) if isinstance(x, Tensor)))
-        stack, half, varying = _PASSES["forward"](stack, half, reach, low, high, pairs)
+        _save(ctx, (stack, half, reach), low, high, pairs)
+        stack, half, varying = _pass("forward", len(half))(stack, half, reach, low, high, pairs)
         ctx.mark_non_differentiable(varying)
         return stack, half, varying
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_stack, grad_half, _):  # noqa: ANN001, ANN205
-        stack, half, reach, *tensors = ctx.saved_tensors
-        low, high = (tensors.pop(0) if number is None else number for number in ctx.numbers)
-        *grads, grad_low, grad_high = _PASSES["backward"](
-            grad_stack, grad_half, stack, half, reach, low, high, ctx.pairs
+        (stack, half, reach), low, high = _saved(ctx)
+        *grads, grad_low, grad_high = _pass("backward", len(half))(
+            grad_stack.contiguous(), grad_half.contiguous(), stack, half, reach, low, high, ctx.pairs
         )
-        return *grads, _sum_over_images(grad_low), _sum_over_images(grad_high), None
+        return *grads, _sum_to(grad_low, low), _sum_to(grad_high, high), None
 
 
-def _sum_over_images(x: Tensor | None) -> Tensor | None:
-    """(1, ...) as a product with ones, which on a CPU is much faster than a sum over the first dimension."""
-    return None if x is None else (x.new_ones(1, len(x)) @ x.flatten(1)).view(1, *x.shape[1:])
+def _save(ctx: Any, tensors: tuple[Tensor, ...], low: Threshold, high: Threshold, pairs: bool) -> None:
+    ctx.numbers, ctx.pairs = [None if isinstance(t, Tensor) else t for t in (low, high)], pairs
+    ctx.save_for_backward(*tensors, *(t for t in (low, high) if isinstance(t, Tensor)))
+
+
+def _saved(ctx: Any) -> tuple[list[Tensor], Threshold, Threshold]:
+    tensors = list(ctx.saved_tensors)
+    high, low = (tensors.pop() if number is None else number for number in reversed(ctx.numbers))
+    return tensors, low, high
+
+
+def _sum_to(grad: Tensor | None, threshold: Threshold) -> Tensor | None:
+    """(1, ...), summed over the images by a product with ones, on a CPU much faster than a sum over dimension 0.
+
+    A threshold that was expanded to the images keeps its (N, ...).
+    """
+    if grad is None or len(threshold) == len(grad):
+        return grad
+    return (grad.new_ones(1, len(grad)) @ grad.flatten(1)).view(1, *grad.shape[1:])
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function compiled, or all passes as they stand from the first failure to compile one."""
-    compiled = torch.compile(function)
+    """The function compiled for all shapes, or all passes as they stand from the first failure to compile one."""
+    compiled = torch.compile(function, dynamic=True)
 
     def call(*args: Tensor | float | bool) -> Any:
+        # What has a gradient, or is a parameter, would be compiled anew; so would sizes that happened to be equal.
+        args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
         try:
-            return compiled(*args)
+            with torch.fx.experimental._config.patch(use_duck_shape=False):
+                return compiled(*args)
         except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
             warnings.warn(f"no compiler, going on without: {reason}", stacklevel=1)
