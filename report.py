@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 import utils
+from data_load import DATA_SETS
 from utils import InputError
 
 matplotlib.use("Agg")
@@ -363,33 +364,17 @@ class Row:
     title: str
     epsilon: float
     epochs: int
-    paper: tuple[float, float, float] | None = None
-    batch_size: int = 256
+    paper: tuple[float, float, float] | None
+    batch_size: int
 
 
-ROWS = (
-    Row("mnist-4c3f", "MNIST, ε = 1.58, 4C3F, GloRo loss", 1.58, 300, (96.3, 78.2, 55.8)),
-    Row(
-        "mnist-4c3f-maxmin",
-        "MNIST, ε = 1.58, 4C3F, clipped MaxMin, trained with global norms",
-        1.58,
-        300,
-        batch_size=64,
-    ),
-    Row("cifar10-4c3f", "CIFAR-10, ε = 36/255, 4C3F", 36 / 255, 800, (70.1, 64.2, 53.5)),
-    Row("cifar10-6c2f", "CIFAR-10, ε = 36/255, 6C2F", 36 / 255, 800, (70.7, 64.8, 54.3)),
-    Row("cifar10-6c2f-gloro", "CIFAR-10, ε = 36/255, 6C2F, GloRo loss", 36 / 255, 800, (76.4, 69.2, 51.3)),
-    Row("cifar10-6c2f-maxmin", "CIFAR-10, ε = 36/255, 6C2F, clipped MaxMin", 36 / 255, 800, (77.4, 70.4, 60.7)),
-    Row("tinyimagenet-8c2f", "Tiny ImageNet, ε = 36/255, 8C2F", 36 / 255, 250, (30.8, 28.4, 20.7), 32),
-    Row(
-        "tinyimagenet-8c2f-maxmin",
-        "Tiny ImageNet, ε = 36/255, 8C2F, clipped MaxMin",
-        36 / 255,
-        250,
-        (36.9, 33.3, 23.4),
-        32,
-    ),
-)
+def _row(run: utils.Run) -> Row:
+    epsilon = DATA_SETS[run.data].epsilon
+    title = f"{run.recipe.title}, ε = {utils.radius_text(epsilon)}, {run.title}"
+    return Row(run.job, title, epsilon, run.epochs, run.paper, run.batch_size)
+
+
+ROWS = tuple(map(_row, utils.RUNS))
 BEGIN, END = "<!-- table: bash run_job.sh table -->", "<!-- end of table -->"
 
 

@@ -488,8 +488,3 @@ def test_a_readme_without_the_marks_is_refused_and_left_alone(repository, mark):
     with pytest.raises(InputError, match="has no lines"):
         report.main()
     assert readme.read_bytes() == before
-
-
-def test_the_jobs_of_the_table_are_those_of_the_script():
-    jobs = (ROOT / "run_job.sh").read_text()
-    assert all(f"    {row.job}) " in jobs and f"    evaluate-{row.job}) " in jobs for row in ROWS)
