@@ -3,18 +3,8 @@
 import training
 import utils
 
-DATA_SETS = ["cifar10"]
-DEFAULTS = {
-    "epochs": 800,
-    "warmup": 20,
-    "rampup": 400,
-    "epsilon": 36 / 255,
-    "epsilon_train": 0.1551,
-    "sniter": 2,
-    "init": 2.0,
-    "lr": 1e-3,
-    "end_lr": 1e-6,
-}
+DATA_SETS = utils.data_sets("cifar10")
+DEFAULTS = utils.RECIPES["cifar10"].defaults
 
 
 def main() -> None:

@@ -3,18 +3,8 @@
 import training
 import utils
 
-DATA_SETS = ["mnist", "digits"]
-DEFAULTS = {
-    "epochs": 300,
-    "warmup": 0,
-    "rampup": 150,
-    "epsilon": 1.58,
-    "epsilon_train": 1.58,
-    "sniter": 5,
-    "init": 1.0,
-    "lr": 1e-3,
-    "end_lr": 5e-6,
-}
+DATA_SETS = utils.data_sets("mnist")
+DEFAULTS = utils.RECIPES["mnist"].defaults
 
 
 def main() -> None:

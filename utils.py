@@ -29,6 +29,7 @@ from locallip.files import (  # noqa: F401
     write_atomically,
     write_csv,
 )
+from runs import RECIPES, RUNS, Run  # noqa: F401
 
 # --- architectures ---------------------------------------------------------------------------------------------------
 
@@ -292,6 +293,22 @@ def add_common_flags(parser: argparse.ArgumentParser, data_sets: Sequence[str]) 
     parser.add_argument("--test_batch_size", type=positive_int, default=256, help="images per evaluated batch")
 
 
+def data_sets(recipe: str) -> list[str]:
+    """The data sets that take a published one's networks and training script, that one first."""
+    return [data for data, record in DATA_SETS.items() if record.recipe == recipe]
+
+
+def radius_text(epsilon: float) -> str:
+    """A radius as papers write it: in 255ths, the steps of a pixel, where it is a whole number of them below 1."""
+    steps = 255 * epsilon
+    return f"{steps:.0f}/255" if 0 < epsilon < 1 and abs(steps - round(steps)) < 1e-9 else f"{epsilon:g}"
+
+
+def run_arguments(run: Run) -> argparse.Namespace:
+    """The arguments that the training of a run has."""
+    return training_arguments("", data_sets(run.data), run.recipe.defaults, run.training())
+
+
 def training_arguments(
     description: str, data_sets: Sequence[str], defaults: Mapping[str, Any], command_line: Sequence[str] | None = None
 ) -> argparse.Namespace:
@@ -317,7 +334,8 @@ def training_arguments(
     flag("--warmup", type=natural_int, help="epochs at epsilon 0, with the clean loss only")
     flag("--rampup", type=natural_int, help="epochs in which epsilon rises and kappa falls, after the warm-up")
     flag("--scale", type=scale, default=1.0, help="shorten (or stretch) epochs, warm-up and ramp-up alike")
-    flag("--epsilon", type=natural_float, help="L2 radius of validation, in pixel space (pixels in [0, 1])")
+    epsilon = "L2 radius of validation, in pixel space (pixels in [0, 1]); default: the paper's for the data set"
+    flag("--epsilon", type=natural_float, help=epsilon)
     flag("--epsilon_train", type=natural_float, help="L2 radius at the end of the ramp-up")
     flag("--gloro", action="store_true", help="GloRo loss instead of BCP loss")
     flag("--sniter", type=positive_int, help="power iterations per training step")
@@ -359,6 +377,8 @@ def training_arguments(
     if args.resume and args.start_from:
         raise InputError("--resume goes on with a run's own weights, so it excludes --start_from; drop one of them")
     args.prefix = args.prefix or f"{args.data}_{args.model}"
+    if args.epsilon is None:
+        args.epsilon = DATA_SETS[args.data].epsilon
     if args.more is None:
         args.more = round(25 * args.epochs / defaults["epochs"])
     args.epochs, args.warmup, args.rampup, args.more, args.global_epochs = (

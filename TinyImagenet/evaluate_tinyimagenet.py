@@ -10,7 +10,8 @@ import evaluate
 import utils
 
 DATA_DIR = os.path.relpath(Path(__file__).resolve().parent / "data")
-DEFAULTS = {"data": "tinyimagenet", "data_dir": DATA_DIR, "test_batch_size": 32}
+BATCH_SIZE = utils.RECIPES["tinyimagenet"].defaults["test_batch_size"]
+DEFAULTS = {"data": "tinyimagenet", "data_dir": DATA_DIR, "test_batch_size": BATCH_SIZE}
 
 
 def main() -> None:

@@ -13,24 +13,8 @@ import training
 import utils
 
 DATA_DIR = os.path.relpath(Path(__file__).resolve().parent / "data")
-DATA_SETS = ["tinyimagenet"]
-DEFAULTS = {
-    "model": "tinyimagenet_relux",
-    "data_dir": DATA_DIR,
-    "epochs": 250,
-    "warmup": 0,
-    "rampup": 125,
-    "epsilon": 36 / 255,
-    "epsilon_train": 0.16,
-    "sniter": 1,
-    "init": 1.0,
-    "batch_size": 32,
-    "test_batch_size": 32,
-    "lr": 2.5e-4,
-    "end_lr": 5e-7,
-    "sparse": 0.01,
-    "indices": [0, 6, 12, 14, 17],
-}
+DATA_SETS = utils.data_sets("tinyimagenet")
+DEFAULTS = utils.RECIPES["tinyimagenet"].defaults | {"data_dir": DATA_DIR}
 
 
 def main() -> None:

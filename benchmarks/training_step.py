@@ -13,12 +13,9 @@ import contextlib
 import copy
 import ctypes
 import gc
-import importlib
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -43,33 +40,20 @@ from locallip.bound.worst_case import global_radius
 from locallip.training.vectors import StoredVectors
 from training import Layout, RobustLoss, Step
 
-ROOT = Path(__file__).resolve().parent.parent
-RECIPES = (
-    "mnist-4c3f",
-    "cifar10-4c3f",
-    "cifar10-6c2f",
-    "cifar10-6c2f-maxmin",
-    "tinyimagenet-8c2f",
-    "tinyimagenet-8c2f-maxmin",
-)
-TRAINING_IMAGES = {"mnist": 60_000, "cifar10": 50_000, "tinyimagenet": 100_000 // 4}
 # Images per step on a CPU, where the recipe's own number would take too long.
 CPU_BATCH = {"tinyimagenet": 8}
 
 
-def recipe(job: str) -> argparse.Namespace:
-    """The arguments of a training job of run_job.sh, read off the command line that it would run."""
-    shown = subprocess.run(
-        ["bash", ROOT / "run_job.sh", job],
-        env=os.environ | {"PYTHON": "echo"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    words = shown.stdout.split()
-    script = next(word for word in words if Path(word).stem.startswith("train_"))
-    module = importlib.import_module(Path(script).stem)
-    return utils.training_arguments("", module.DATA_SETS, module.DEFAULTS, words[words.index(script) + 1 :])
+def one_run_per_network() -> dict[str, utils.Run]:
+    """The first of the paper's runs on every network, by job: what the loss is makes no difference."""
+    runs: dict[tuple[str, str], utils.Run] = {}
+    for run in utils.RUNS:
+        if run.paper:
+            runs.setdefault((run.data, run.model), run)
+    return {run.job: run for run in runs.values()}
+
+
+RECIPES = one_run_per_network()
 
 
 class Bench:
@@ -90,7 +74,8 @@ class Bench:
         self.plain = _plain_step(copy.deepcopy(model), x, y)
         self.model, self.images = model.to(memory_format=torch.channels_last), channels_last(x)
         layout = Layout.of(self.model, self.images[:1], args.indices)
-        self.stored_bytes = 2 * TRAINING_IMAGES[args.data] * sum(shape.numel() for shape in layout.vectors.values())
+        images = DATA_SETS[args.data].training_images // utils.RECIPES[args.data].processes
+        self.stored_bytes = 2 * images * sum(shape.numel() for shape in layout.vectors.values())
         self.steps = {"all": self._robust_step(args, layout, y, skip=False)}
         if device.type == "cpu":
             self.steps["idle skipped"] = self._robust_step(args, layout, y, skip=True)
@@ -171,7 +156,7 @@ def certified_seconds(bench: Bench, count: int) -> float:
 
 def measure(job: str, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one recipe."""
-    bench = Bench(recipe(job), device, options.width, options.bfloat16)
+    bench = Bench(utils.run_arguments(RECIPES[job]), device, options.width, options.bfloat16)
     times = interleaved({"plain": bench.plain, **bench.steps}, options.repeats, device)
     plain = statistics.median(times["plain"])
     result: dict[str, Any] = {"recipe": job, "batch_size": bench.batch_size, "stored_bytes": bench.stored_bytes}

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from locallip.evaluation import pictures, report, table
 from locallip.evaluation.outcome import CERTIFIED_MULTIPLES, PGD_MULTIPLES, Outcome
 from locallip.evaluation.summary import as_text, summarize, wilson_interval
-from locallip.evaluation.table import ROWS
 from utils import InputError
+
+ROWS = [table_script.row(run) for run in utils.RUNS]
 
 examples = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
@@ -293,7 +294,7 @@ def repository(tmp_path, monkeypatch, command_line):
     """A copy of the README beside which `table`, called without flags, believes to stand."""
     command_line()
     shutil.copy(ROOT / "README.md", tmp_path)
-    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(table_script, "ROOT", tmp_path)
     return tmp_path
 
 
@@ -331,7 +332,9 @@ def finish(repository):
 
 
 def row(repository, job="cifar10-6c2f"):
-    (line,) = (line for line in table.table(repository / "results").splitlines() if line.startswith(f"| `{job}` |"))
+    (line,) = (
+        line for line in table.table(ROWS, repository / "results").splitlines() if line.startswith(f"| `{job}` |")
+    )
     return line
 
 
@@ -393,7 +396,7 @@ def test_a_training_log_beside_the_reports_gives_the_time_and_a_picture(reposito
     finish("mnist-4c3f")
     folder = repository / "results" / "mnist-4c3f"
     (folder / "epochs.csv").write_text(EPOCHS)
-    table.main()
+    table_script.main()
     assert "trained in 2.0 h, 1800 s an epoch" in row(repository, "mnist-4c3f")
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in (repository / "results").rglob("*.png")] == ["training.png"]
@@ -416,7 +419,7 @@ def test_a_damaged_training_log_is_refused(repository, finish, damage):
     folder.mkdir(parents=True)
     (folder / "epochs.csv").write_text(EPOCHS.replace(*damage))
     with pytest.raises(InputError, match=r"epochs\.csv is no training log"):
-        table.main()
+        table_script.main()
 
 
 def test_a_scaled_run_is_called_so(repository, finish):
@@ -460,7 +463,7 @@ def test_a_run_with_another_radius_or_width_does_not_pass_for_the_papers(reposit
 
 def test_every_line_of_the_table_has_the_same_columns(repository, finish):
     finish("cifar10-6c2f-maxmin", images=500, epochs=40)
-    lines = table.table(repository / "results").splitlines()
+    lines = table.table(ROWS, repository / "results").splitlines()
     assert len(lines) == 2 + len(ROWS)
     assert len({line.count("|") for line in lines}) == 1
 
@@ -471,8 +474,8 @@ def test_the_table_refreshes_its_block_of_the_readme_and_nothing_else(repository
     _, _, after = rest.partition(table.END)
     for job in ("mnist-4c3f", "cifar10-6c2f"):  # the second time over the first table
         finish(job)
-        table.main()
-        text = table.table(repository / "results")
+        table_script.main()
+        text = table.table(ROWS, repository / "results")
         assert readme.read_text() == f"{before}{table.BEGIN}\n{text}\n{table.END}{after}"
     assert text in capsys.readouterr().out
     assert row(repository, "cifar10-4c3f") in text
@@ -484,10 +487,5 @@ def test_a_readme_without_the_marks_is_refused_and_left_alone(repository, mark):
     readme.write_text(readme.read_text().replace(mark, ""))
     before = readme.read_bytes()
     with pytest.raises(InputError, match="has no lines"):
-        table.main()
+        table_script.main()
     assert readme.read_bytes() == before
-
-
-def test_the_jobs_of_the_table_are_those_of_the_script():
-    jobs = (ROOT / "run_job.sh").read_text()
-    assert all(f"    {row.job}) " in jobs and f"    evaluate-{row.job}) " in jobs for row in ROWS)

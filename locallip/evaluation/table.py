@@ -1,23 +1,17 @@
-"""The table of all summaries.
-
-`python -m locallip.evaluation.table` gathers results/JOB/{proven,estimate}/summary.json into the table of the README,
-and draws the training logs that lie beside them as results/JOB/epochs.csv.
-"""
+"""The table of all summaries: what results/JOB/{proven,estimate}/summary.json found, beside the paper's values."""
 
 from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-import utils
 from locallip.evaluation import pictures
-from locallip.files import InputError, run_script, write_atomically
-
-ROOT = Path(__file__).resolve().parents[2]
+from locallip.files import InputError, write_atomically
 
 
 @dataclass(frozen=True)
@@ -37,44 +31,21 @@ class Row:
     title: str
     epsilon: float
     epochs: int
-    paper: tuple[float, float, float] | None = None
-    batch_size: int = 256
+    paper: tuple[float, float, float] | None
+    batch_size: int
 
 
-ROWS = (
-    Row("mnist-4c3f", "MNIST, ε = 1.58, 4C3F, GloRo loss", 1.58, 300, (96.3, 78.2, 55.8)),
-    Row(
-        "mnist-4c3f-maxmin",
-        "MNIST, ε = 1.58, 4C3F, clipped MaxMin, trained with global norms",
-        1.58,
-        300,
-        batch_size=64,
-    ),
-    Row("cifar10-4c3f", "CIFAR-10, ε = 36/255, 4C3F", 36 / 255, 800, (70.1, 64.2, 53.5)),
-    Row("cifar10-6c2f", "CIFAR-10, ε = 36/255, 6C2F", 36 / 255, 800, (70.7, 64.8, 54.3)),
-    Row("cifar10-6c2f-gloro", "CIFAR-10, ε = 36/255, 6C2F, GloRo loss", 36 / 255, 800, (76.4, 69.2, 51.3)),
-    Row("cifar10-6c2f-maxmin", "CIFAR-10, ε = 36/255, 6C2F, clipped MaxMin", 36 / 255, 800, (77.4, 70.4, 60.7)),
-    Row("tinyimagenet-8c2f", "Tiny ImageNet, ε = 36/255, 8C2F", 36 / 255, 250, (30.8, 28.4, 20.7), 32),
-    Row(
-        "tinyimagenet-8c2f-maxmin",
-        "Tiny ImageNet, ε = 36/255, 8C2F, clipped MaxMin",
-        36 / 255,
-        250,
-        (36.9, 33.3, 23.4),
-        32,
-    ),
-)
 BEGIN, END = "<!-- table: bash run_job.sh table -->", "<!-- end of table -->"
 
 
-def table(results: Path) -> str:
-    """All rows as Markdown: the paper's values, and what results/JOB/{proven,estimate}/summary.json found."""
+def table(rows: Sequence[Row], results: Path) -> str:
+    """Rows as Markdown: the paper's values, and what results/JOB/{proven,estimate}/summary.json found."""
     lines = [
         "| job | | paper: clean / PGD / certified (estimate) | here: clean / PGD | certified, proven "
         "| certified, estimate | remarks |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in ROWS:
+    for row in rows:
         paths = [results / row.job / kind / "summary.json" for kind in ("proven", "estimate")]
         try:
             summaries = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
@@ -158,27 +129,23 @@ def read_epochs(folder: Path) -> list[dict[str, float]]:
         raise InputError(f"{path} is no training log: {error!r}") from None
 
 
-def main() -> None:
-    """Print the table, put it into the README between its two marks, and draw the trainings."""
-    text = "Put all summaries below results/ into the table of the README, and draw results/JOB/epochs.csv."
-    utils.ArgumentParser(text).parse_args()
-    readme = ROOT / "README.md"
+def refresh(readme: Path, rows: Sequence[Row], results: Path) -> str:
+    """Put the table into the README between its two marks, draw the trainings, and return the table.
+
+    Raises:
+        InputError: if the marks are not there, or a summary or training log is damaged.
+    """
     text = readme.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise InputError(f"{readme} has no lines '{BEGIN}' and '{END}'")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    new = table(ROOT / "results")
-    for row in ROWS:
-        epochs = read_epochs(ROOT / "results" / row.job)
+    new = table(rows, results)
+    for row in rows:
+        epochs = read_epochs(results / row.job)
         if epochs:
-            with pictures.drawing(ROOT / "results" / row.job / "training.png") as axes:
+            with pictures.drawing(results / row.job / "training.png") as axes:
                 pictures.training(axes, epochs, row)
-    write_atomically(
-        readme, lambda temporary: temporary.write_text(f"{before}{BEGIN}\n{new}\n{END}{after}", encoding="utf-8")
-    )
-    print(new)
-
-
-if __name__ == "__main__":
-    run_script(main)
+    whole = f"{before}{BEGIN}\n{new}\n{END}{after}"
+    write_atomically(readme, lambda temporary: temporary.write_text(whole, encoding="utf-8"))
+    return new

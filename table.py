@@ -1,0 +1,27 @@
+"""Put all summaries below results/ into the table of the README, and draw the training logs results/JOB/epochs.csv."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import utils
+from data_load import DATA_SETS
+from locallip.evaluation.table import Row, refresh
+
+ROOT = Path(__file__).resolve().parent
+
+
+def row(run: utils.Run) -> Row:
+    """The row of a run."""
+    epsilon = DATA_SETS[run.data].epsilon
+    title = f"{run.recipe.title}, ε = {utils.radius_text(epsilon)}, {run.title}"
+    return Row(run.job, title, epsilon, run.epochs, run.paper, run.batch_size)
+
+
+def main() -> None:
+    utils.ArgumentParser(__doc__).parse_args()
+    print(refresh(ROOT / "README.md", [row(run) for run in utils.RUNS], ROOT / "results"))
+
+
+if __name__ == "__main__":
+    utils.run_script(main)
