@@ -10,6 +10,8 @@ from conftest import ROOT, read_csv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import table as table_script
+import utils
 from locallip.evaluation import pictures, report, table
 from locallip.evaluation.outcome import CERTIFIED_MULTIPLES, PGD_MULTIPLES, Outcome
 from locallip.evaluation.summary import as_text, summarize, wilson_interval
@@ -75,6 +77,7 @@ def outcome_of(images, certified=1):
         clean=np.ones(images, bool),
         pgd=row < max(certified, images / 2),
         certified=row < certified,
+        decided_by=np.where(row < certified, "global", "open"),
         margin=1.0 + row,
         worst_margin=np.where(row < certified, 0.25, -0.5),
         local_bound=1.0 + row / images,
