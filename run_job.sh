@@ -8,19 +8,20 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 suits() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
 
+# set_up [FOLDER REQUIREMENTS]: PYTHON is that of an environment with these packages; one that is named already stays.
 set_up() {
     if [ -n "${PYTHON:-}" ]; then return; fi
-    local wanted fresh=
-    wanted=$(cksum <requirements.txt)
-    PYTHON=.venv/bin/python
-    if [ -x "$PYTHON" ] && [ "$(cat .venv/requirements.cksum 2>/dev/null)" = "$wanted" ]; then return; fi
+    local folder=${1:-.venv} requirements=${2:-requirements.txt} wanted fresh=
+    wanted=$(cksum <"$requirements")
+    PYTHON=$folder/bin/python
+    if [ -x "$PYTHON" ] && [ "$(cat "$folder/requirements.cksum" 2>/dev/null)" = "$wanted" ]; then return; fi
     suits python3 ||
         { echo "error: needs Python 3.10 to 3.12 as python3, not $(python3 --version 2>&1)" >&2; exit 2; }
-    echo "setting up .venv from requirements.txt (once; a few minutes)"
+    echo "setting up $folder from $requirements (once; a few minutes)"
     suits "$PYTHON" || fresh=--clear
-    python3 -m venv $fresh .venv
-    "$PYTHON" -m pip install --quiet --requirement requirements.txt
-    echo "$wanted" >.venv/requirements.cksum
+    python3 -m venv $fresh "$folder"
+    "$PYTHON" -m pip install --quiet --requirement "$requirements"
+    echo "$wanted" >"$folder/requirements.cksum"
 }
 
 jobs() {
@@ -29,6 +30,7 @@ Usage: bash run_job.sh JOB [ARGUMENTS ...]
 
   demo                  train a small robust net on the shipped digits, evaluate it, draw a picture (about 5 minutes)
   test                  run the tests
+  test-oldest           the same with the oldest supported packages, in an environment of their own
   falsify PREFIX        try to break proven certificates of a checkpoint: PGD with restarts, steepest slopes
   bench                 time one training step of every recipe beside a plain step
   bench-proof PREFIX    what a proven certificate of a checkpoint costs beside the published protocol
@@ -73,6 +75,7 @@ case $job in
         [ $# -eq 0 ] || { echo "error: the demo takes no arguments; train_mnist.py and evaluate.py do" >&2; exit 2; }
         set_up; demo ;;
     test) set_up; "$PYTHON" -m pytest "$@" ;;
+    test-oldest) unset PYTHON; set_up .venv-oldest requirements-oldest.txt; "$PYTHON" -m pytest "$@" ;;
     falsify) need_prefix "$@"; set_up; "$PYTHON" falsify.py --out results/falsify --saved_model "$@" ;;
     bench) set_up; "$PYTHON" benchmarks/training_step.py "$@" ;;
     bench-proof) need_prefix "$@"; set_up; "$PYTHON" benchmarks/certification.py --saved_model "$@" ;;

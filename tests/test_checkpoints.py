@@ -199,7 +199,7 @@ def test_numbers_that_numpy_1_wrote_are_taken(tmp_path, tiny_net):
     with zipfile.ZipFile(tmp_path / "new.pth") as new, zipfile.ZipFile(tmp_path / "net.pth", "w") as old:
         for name in new.namelist():
             content = new.read(name)
-            assert name != "new/data.pkl" or b"numpy._core.multiarray" in content
+            assert name != "new/data.pkl" or b"core.multiarray" in content
             old.writestr(name, content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
     assert checkpoints.load_checkpoint(tmp_path / "net.pth")["err"] == 0.25
 
