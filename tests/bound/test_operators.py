@@ -1,0 +1,101 @@
+"""Linear layers as operators."""
+
+import pytest
+import torch
+from bound.contracts import OperatorContract
+from oracles import batch, convolutions, dense_layers, matrix_of
+from torch import nn
+
+from locallip.bound.operators import Conv, Dense
+
+
+class TestConv(OperatorContract):
+    def create(self, draw):
+        return draw(convolutions())
+
+
+class TestDense(OperatorContract):
+    def create(self, draw):
+        return draw(dense_layers())
+
+
+@pytest.fixture
+def operator():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 3, 3, stride=2, padding=1).double()
+    return Conv.of(layer, 0, torch.Size([2, 6, 6]))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": (4, 3), "stride": (2, 3), "padding": (0, 2)},
+        {"kernel_size": 3, "dilation": (2, 1), "groups": 2},
+        {"kernel_size": (3, 5), "padding": "same", "dilation": (2, 1)},
+        {"kernel_size": 2, "padding": "valid"},
+    ],
+)
+def test_a_convolution_does_what_its_layer_does(settings, bias):
+    layer = nn.Conv2d(2, 4, **settings, bias=bias).double()
+    x = batch((2, 7, 8))
+    torch.testing.assert_close(Conv.of(layer, 0, x.shape[1:]).affine(x), layer(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_dense_operator_does_what_its_layer_does(bias):
+    layer = nn.Linear(5, 3, bias=bias).double()
+    x = batch((5,))
+    torch.testing.assert_close(Dense.of(layer, 0).affine(x), layer(x))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(5, 3), nn.Conv2d(2, 4, 3, groups=2)], ids=lambda x: type(x).__name__)
+def test_gradients_flow_to_the_weight_and_the_bias_of_the_layer(layer):
+    layer = layer.double()
+    shape = torch.Size([5] if isinstance(layer, nn.Linear) else [2, 6, 6])
+    operator = Dense.of(layer, 0) if isinstance(layer, nn.Linear) else Conv.of(layer, 0, shape)
+    x = batch(shape)
+    expected = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    found = torch.autograd.grad(operator.affine(x).square().sum(), list(layer.parameters()))
+    torch.testing.assert_close(found, expected)
+
+
+def test_row_norms_are_exact_where_no_padding_cuts_the_row(operator):
+    true = matrix_of(operator).norm(dim=1).view(operator.output_shape)[:, 1:, 1:]
+    torch.testing.assert_close(operator.row_norms().expand_as(true), true)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_row_norms_are_not_lost_in_overflow_or_underflow(operator, scale):
+    small_or_large = operator.with_weight(operator.weight.detach() * scale)
+    torch.testing.assert_close(small_or_large.row_norms() / scale, operator.row_norms().detach())
+
+
+@pytest.mark.parametrize("product", ["apply", "adjoint", "affine", "absolute"])
+def test_a_convolution_can_round_its_factors_and_keeps_the_precision_of_sums(operator, product):
+    x = batch(operator.output_shape if product == "adjoint" else operator.input_shape)
+    exact = getattr(operator, product)(x)
+    operator.factors = torch.bfloat16
+    rounded = getattr(operator, product)(x)
+    assert rounded.dtype == exact.dtype
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.01
+
+
+def test_dense_layers_round_nothing():
+    dense = Dense.of(nn.Linear(5, 4).double(), 0)
+    x = batch(dense.input_shape)
+    exact = dense.affine(x)
+    dense.factors = torch.bfloat16
+    assert torch.equal(dense.affine(x), exact)
+
+
+def test_uneven_padding_is_refused():
+    with pytest.raises(TypeError, match=r"position 3.*same"):
+        Conv.of(nn.Conv2d(1, 1, 4, padding="same"), 3, torch.Size([1, 5, 5]))
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padding_other_than_zeros_is_refused(mode):
+    with pytest.raises(TypeError, match=f"position 3.*{mode}"):
+        Conv.of(nn.Conv2d(1, 1, 3, padding=1, padding_mode=mode), 3, torch.Size([1, 5, 5]))
