@@ -15,7 +15,7 @@ from locallip.bound.rounding import FLOAT64
 # The same examples every time, so that a failure is nobody's bad luck.
 examples = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 more_examples = settings(examples, max_examples=60)
-IMAGES = 3
+BATCH = 3
 SURELY = 1e-6  # failure probability
 
 
@@ -81,7 +81,7 @@ class ExactProvenNorms(ExactLocalNorms):
     arithmetic = Arithmetic(own=FLOAT64)
 
 
-def batch(shape, count=IMAGES):
+def batch(shape, count=BATCH):
     """(N, *shape) of random numbers."""
     return torch.randn(count, *shape, dtype=torch.float64)
 
@@ -125,7 +125,7 @@ def masked_operators(draw):
     operator = draw(operators)
     share = st.sampled_from([None, 0.0, 0.3, 0.7, 1.0])
     rows, columns = (
-        None if (kept := draw(share)) is None else torch.rand(IMAGES, *shape) < kept
+        None if (kept := draw(share)) is None else torch.rand(BATCH, *shape) < kept
         for shape in (operator.output_shape, operator.input_shape)
     )
     return operator, rows, columns

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracles import IMAGES, batch, examples, inner, matrix_of, norm_of
+from oracles import BATCH, batch, examples, inner, matrix_of, norm_of
 
 # The tests stand in the mixin and run in every class that inherits them.
 shared_examples = settings(examples, suppress_health_check=[HealthCheck.differing_executors])
@@ -25,7 +25,7 @@ class OperatorContract:
         operator = self.create(data.draw)
         x, y = batch(operator.input_shape), batch(operator.output_shape)
         for forward in (operator.apply, operator.affine, operator.absolute):
-            assert forward(x).shape == (IMAGES, *operator.output_shape)
+            assert forward(x).shape == (BATCH, *operator.output_shape)
         assert operator.adjoint(y).shape == x.shape
         assert operator.weight_gradient(x, y).shape == operator.weight.shape
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import IMAGES, batch, examples, masked_matrix, masked_operators, matrix_of, norm_of
+from oracles import BATCH, batch, examples, masked_matrix, masked_operators, matrix_of, norm_of
 from torch import nn
 
 from locallip.bound.norms import Arithmetic, Bracket
@@ -27,7 +27,7 @@ def masked_of(norms, operator, rows, columns, whole=UNKNOWN):
 
 def ask(norms, operator, rows, columns):
     """The masked norms, one for every image; the whole norm comes first, as always."""
-    return masked_of(norms, operator, rows, columns, norms.whole(operator)).expand(IMAGES)
+    return masked_of(norms, operator, rows, columns, norms.whole(operator)).expand(BATCH)
 
 
 @examples
@@ -37,7 +37,7 @@ def test_norms_approach_those_of_the_dense_matrix_from_below(case):
     norms = PowerIteration(1000)
     with torch.no_grad():
         whole = norms.whole(operator)
-        masked = norms.masked(operator, rows, columns, whole).upper.expand(IMAGES)
+        masked = norms.masked(operator, rows, columns, whole).upper.expand(BATCH)
         for estimate, true in (
             (whole.upper, norm_of(matrix_of(operator))),
             (masked, norm_of(masked_matrix(operator, rows, columns))),
@@ -65,7 +65,7 @@ def test_without_masks_the_local_norm_is_the_whole_one(operator):
 def test_an_estimate_has_both_ends_the_same(operator):
     norms = PowerIteration(3)
     whole = norms.whole(operator)
-    masked = norms.masked(operator, None, torch.rand(IMAGES, *operator.input_shape) < 0.5, whole)
+    masked = norms.masked(operator, None, torch.rand(BATCH, *operator.input_shape) < 0.5, whole)
     assert torch.equal(whole.lower, whole.upper)
     assert torch.equal(masked.lower, masked.upper)
 
@@ -79,21 +79,21 @@ def test_gradient_of_the_whole_norm(operator):
 
 @pytest.mark.parametrize(("kept_columns", "kept_rows"), [(0.6, 0.6), (0.6, None), (None, 0.6)])
 def test_gradient_of_the_masked_norm(operator, kept_columns, kept_rows):
-    columns = None if kept_columns is None else torch.rand(IMAGES, *operator.input_shape) < kept_columns
-    rows = None if kept_rows is None else torch.rand(IMAGES, *operator.output_shape) < kept_rows
+    columns = None if kept_columns is None else torch.rand(BATCH, *operator.input_shape) < kept_columns
+    rows = None if kept_rows is None else torch.rand(BATCH, *operator.output_shape) < kept_rows
     weight = operator.weight
     true = norm_of(masked_matrix(operator, rows, columns))
     estimate = ask(PowerIteration(3000), operator, rows, columns)
-    for image in range(IMAGES):
+    for image in range(BATCH):
         (expected,) = torch.autograd.grad(true[image], weight, retain_graph=True)
         (actual,) = torch.autograd.grad(estimate[image], weight, retain_graph=True)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_each_image_has_the_norm_that_it_has_alone(operator):
-    columns = torch.rand(IMAGES, *operator.input_shape) < 0.5
+    columns = torch.rand(BATCH, *operator.input_shape) < 0.5
     together = ask(PowerIteration(1000), operator, None, columns)
-    for image in range(IMAGES):
+    for image in range(BATCH):
         alone = ask(PowerIteration(1000), operator, None, columns[image : image + 1])
         torch.testing.assert_close(together[image], alone[0])
 
@@ -101,14 +101,14 @@ def test_each_image_has_the_norm_that_it_has_alone(operator):
 @pytest.mark.parametrize("side", ["input_shape", "output_shape"])
 @pytest.mark.parametrize("given", ["columns", "rows", "both"])
 def test_idle_masks_are_skipped_and_the_others_are_not(operator, side, given):
-    columns, rows = (torch.rand(IMAGES, *shape) < 0.5 for shape in (operator.input_shape, operator.output_shape))
+    columns, rows = (torch.rand(BATCH, *shape) < 0.5 for shape in (operator.input_shape, operator.output_shape))
     columns[1:3], rows[1:3] = True, True  # eliminate nothing
     columns, rows = columns if given != "rows" else None, rows if given != "columns" else None
     starts = batch(getattr(operator, side))
     skipping, all_of_them = (PowerIteration(3, {0: starts}, seed=1, skip_idle_masks=skip) for skip in (True, False))
     ours, theirs = (ask(norms, operator, rows, columns) for norms in (skipping, all_of_them))
     whole = skipping.whole(operator).upper
-    idle, busy = [1, 2], [i for i in range(IMAGES) if i not in (1, 2)]
+    idle, busy = [1, 2], [i for i in range(BATCH) if i not in (1, 2)]
     assert (ours[idle] <= whole).all()
     torch.testing.assert_close(ours[idle], PowerIteration(3, seed=1).whole(operator).upper.expand(2))
     torch.testing.assert_close(ours[busy], theirs[busy])
@@ -124,18 +124,18 @@ def test_a_norm_that_cannot_be_computed_is_not_a_number(operator, side, spoiled)
     # 0 would certify everything.
     operator.weight.data[0, 0, 0, 0] = spoiled
     norms = PowerIteration(2, {0: batch(getattr(operator, side))}, {0: batch(getattr(operator, side))[:1]})
-    columns = torch.ones(IMAGES, *operator.input_shape, dtype=torch.bool)
+    columns = torch.ones(BATCH, *operator.input_shape, dtype=torch.bool)
     assert norms.whole(operator).upper.isnan()
     assert masked_of(norms, operator, None, columns).isnan().all()
 
 
 def test_where_all_masks_are_idle_the_norm_is_the_whole_one(operator):
-    columns, starts = torch.ones(IMAGES, *operator.input_shape, dtype=torch.bool), batch(operator.input_shape)
+    columns, starts = torch.ones(BATCH, *operator.input_shape, dtype=torch.bool), batch(operator.input_shape)
     norms = PowerIteration(2, {0: starts}, skip_idle_masks=True)
     whole = norms.whole(operator)
     for mask in (columns, None):
-        masked = norms.masked(operator, None, mask, whole).upper.expand(IMAGES)
-        assert torch.equal(masked, whole.upper.expand(IMAGES))
+        masked = norms.masked(operator, None, mask, whole).upper.expand(BATCH)
+        assert torch.equal(masked, whole.upper.expand(BATCH))
         assert torch.equal(norms.local_vectors[0], starts)
 
 
@@ -157,7 +157,7 @@ def test_less_than_one_iteration_is_refused(iterations):
 @pytest.mark.parametrize("side", ["input_shape", "output_shape"])
 def test_calls_go_on_where_the_last_one_stopped(operator, side):
     shape = getattr(operator, side)
-    columns = torch.rand(IMAGES, *operator.input_shape) < 0.5
+    columns = torch.rand(BATCH, *operator.input_shape) < 0.5
     norms = PowerIteration(1, {0: batch(shape)}, {0: batch(shape)[:1]})
     with torch.no_grad():
         runs = [(norms.whole(operator).upper, *masked_of(norms, operator, None, columns)) for _ in range(500)]
@@ -171,9 +171,9 @@ def test_calls_go_on_where_the_last_one_stopped(operator, side):
 def test_vectors_stay_on_the_side_that_they_were_given_on(operator, side):
     shape = getattr(operator, side)
     norms = PowerIteration(2, {0: batch(shape)}, {0: batch(shape)[:1]})
-    ask(norms, operator, None, torch.rand(IMAGES, *operator.input_shape) < 0.5)
+    ask(norms, operator, None, torch.rand(BATCH, *operator.input_shape) < 0.5)
     assert norms.global_vectors[0].shape == (1, *shape)
-    assert norms.local_vectors[0].shape == (IMAGES, *shape)
+    assert norms.local_vectors[0].shape == (BATCH, *shape)
 
 
 @pytest.mark.parametrize("side", ["input_shape", "output_shape"])
@@ -194,7 +194,7 @@ def test_a_changed_number_of_images_takes_fresh_vectors(operator):
 def test_given_vectors_are_not_written_to(operator):
     local, whole = batch(operator.input_shape), batch(operator.input_shape)[:1]
     kept = local.clone(), whole.clone()
-    ask(PowerIteration(2, {0: local}, {0: whole}), operator, None, torch.rand(IMAGES, *operator.input_shape) < 0.5)
+    ask(PowerIteration(2, {0: local}, {0: whole}), operator, None, torch.rand(BATCH, *operator.input_shape) < 0.5)
     assert torch.equal(local, kept[0])
     assert torch.equal(whole, kept[1])
 
@@ -207,16 +207,16 @@ def test_a_norm_recovers_after_everything_was_masked_out(operator, dead_side, st
 
     norms = PowerIteration(500, {0: batch(getattr(operator, start_side))})
     whole = norms.whole(operator).upper
-    nothing = torch.zeros(IMAGES, *getattr(operator, dead_side), dtype=torch.bool)
+    nothing = torch.zeros(BATCH, *getattr(operator, dead_side), dtype=torch.bool)
     assert (masked(nothing) == 0).all()
     assert norms.local_vectors[0].flatten(1).any(dim=1).all()
-    torch.testing.assert_close(masked(~nothing), whole.expand(IMAGES), rtol=1e-3, atol=0)
+    torch.testing.assert_close(masked(~nothing), whole.expand(BATCH), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("start_side", ["input_shape", "output_shape"])
 def test_a_norm_recovers_after_the_mask_has_moved_elsewhere(operator, start_side):
     norms = PowerIteration(500, {0: batch(getattr(operator, start_side))})
-    left = torch.zeros(IMAGES, *operator.input_shape, dtype=torch.bool)
+    left = torch.zeros(BATCH, *operator.input_shape, dtype=torch.bool)
     left[..., :3] = True
     for columns in (left, ~left):
         true = norm_of(masked_matrix(operator, None, columns))
@@ -225,12 +225,12 @@ def test_a_norm_recovers_after_the_mask_has_moved_elsewhere(operator, start_side
 
 def test_a_zero_operator_has_norm_zero_and_recovers(operator):
     norms, zero = PowerIteration(500), operator.with_weight(torch.zeros_like(operator.weight, requires_grad=True))
-    columns = torch.ones(IMAGES, *operator.input_shape, dtype=torch.bool)
+    columns = torch.ones(BATCH, *operator.input_shape, dtype=torch.bool)
     estimates = [norms.whole(zero).upper, *masked_of(norms, zero, None, columns)]
     assert all(estimate == 0 for estimate in estimates)
     (gradient,) = torch.autograd.grad(sum(estimates), zero.weight)
     assert gradient.isfinite().all()
-    true = norm_of(matrix_of(operator)).expand(IMAGES)
+    true = norm_of(matrix_of(operator)).expand(BATCH)
     torch.testing.assert_close(norms.whole(operator).upper, true[0], rtol=1e-3, atol=0)
     torch.testing.assert_close(masked_of(norms, operator, None, columns), true, rtol=1e-3, atol=0)
 
@@ -262,7 +262,7 @@ def test_an_estimate_has_no_absolute_norm_to_give(operator):
 def test_a_norm_that_overflows_is_not_finite(operator, size):
     large = operator.with_weight(torch.full_like(operator.weight.detach(), size))
     norms = PowerIteration(2)
-    columns = torch.ones(IMAGES, *operator.input_shape, dtype=torch.bool)
+    columns = torch.ones(BATCH, *operator.input_shape, dtype=torch.bool)
     assert not norms.whole(large).upper.isfinite()
     assert not masked_of(norms, large, None, columns).isfinite().any()
 
@@ -271,7 +271,7 @@ def test_a_norm_that_overflows_is_not_finite(operator, size):
 @pytest.mark.parametrize("size", [1e-300, 1e-150, 1e150, 1e300])
 def test_a_norm_is_not_lost_in_overflow_or_underflow(operator, size, where):
     scaled = operator.with_weight(operator.weight.detach() * size)
-    columns = torch.rand(IMAGES, *operator.input_shape) < 0.6
+    columns = torch.rand(BATCH, *operator.input_shape) < 0.6
     ours, theirs = PowerIteration(500), PowerIteration(500)
     if where == "whole":
         found, expected = ours.whole(scaled).upper, theirs.whole(operator).upper
@@ -303,6 +303,6 @@ def test_a_norm_that_its_precision_cannot_hold_is_not_a_number(dtype, size):
 def test_where_no_use_is_made_of_masks_the_local_norm_is_the_whole_one(operator, positions):
     norms = PowerIteration(3, local_positions=positions)
     whole = norms.whole(operator)
-    nothing = torch.zeros(IMAGES, *operator.input_shape, dtype=torch.bool)
+    nothing = torch.zeros(BATCH, *operator.input_shape, dtype=torch.bool)
     assert norms.masked(operator, None, nothing, whole) == whole
     assert not norms.local_vectors

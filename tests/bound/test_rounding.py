@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from oracles import convolutions, matrix_of, more_examples, norm_of
 from torch import nn
 
-from locallip.bound.operators import Conv, Dense
+from locallip.bound.operators import Dense
 from locallip.bound.rounding import FLOAT32, FLOAT64, ExactArithmetic, Rounding
 
 
@@ -70,7 +70,8 @@ def test_what_may_overflow_counts_as_arbitrarily_far_off(roundoff, too_large):
     for length, finite in ((0.1 * too_large, True), (10 * too_large, False), (torch.nan, False)):
         behind = rounding.behind_layer(one_layer(), one, one, torch.tensor([length], dtype=torch.float64))
         assert behind.distance.isfinite().item() is finite
-        assert rounding.of_logits(one_layer(0.1), torch.tensor([length]).double()).isfinite().all().item() is finite
+        off = rounding.of_logits(one_layer(0.1), torch.tensor([length], dtype=torch.float64))
+        assert off.isfinite().all().item() is finite
 
 
 @pytest.mark.parametrize(("roundoff", "smallest"), [(FLOAT32, 2.0**-126), (FLOAT64, 2.0**-1022)])

@@ -1,0 +1,167 @@
+"""Nothing in a proof depends on the defaults of the process that makes it."""
+
+import contextlib
+
+import pytest
+import torch
+from oracles import clipped_relu
+from torch import nn
+
+from locallip.bound import proven_norms
+from locallip.bound.certificates import certified_radius, certify, local_lipschitz
+from locallip.bound.layers import ClampGroupSort, Normalize
+from locallip.bound.proof import EFFORTS, prove
+from locallip.bound.proven_norms import ProvenNorms
+
+
+@contextlib.contextmanager
+def setting(change, value, back):
+    change(value)
+    try:
+        yield
+    finally:
+        change(back)
+
+
+def default_dtype(dtype):
+    return lambda: setting(torch.set_default_dtype, dtype, torch.float32)
+
+
+STATES = {
+    "bfloat16 by default": default_dtype(torch.bfloat16),
+    "float16 by default": default_dtype(torch.float16),
+    "float64 by default": default_dtype(torch.float64),
+    "another device by default": lambda: setting(torch.set_default_device, "meta", None),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference mode": torch.inference_mode,
+    "gradients": torch.enable_grad,
+    "no gradients": torch.no_grad,
+    "deterministic algorithms": lambda: setting(torch.use_deterministic_algorithms, True, False),
+    "products in low precision": lambda: setting(torch.set_float32_matmul_precision, "medium", "highest"),
+    "denormals flushed": lambda: setting(torch.set_flush_denormal, True, False),
+}
+
+
+def network(kind):
+    torch.manual_seed(0)
+    if kind == "maxmin":
+        layers = [nn.Conv2d(1, 4, 3, padding=1), ClampGroupSort((4, 6, 6), 0.3, -0.3)]
+    else:
+        layers = [Normalize([0.3], [0.5]), nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), clipped_relu(4, 6, 6)]
+    layers += [nn.AvgPool2d(2), nn.Conv2d(4, 6, 2), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(24, 3)]
+    return nn.Sequential(*layers).eval()
+
+
+class Case:
+    """A network in float32, images and the answers at them."""
+
+    def __init__(self, kind):
+        self.model = network(kind)
+        self.x = torch.rand(6, 1, 6, 6)
+        with torch.no_grad():
+            self.y = self.model(self.x).argmax(dim=1)
+        self.double = network(kind).double(), self.x.double()
+
+
+@pytest.fixture(scope="module", params=["clipped", "maxmin"])
+def case(request):
+    return Case(request.param)
+
+
+@pytest.fixture(params=STATES)
+def state(request):
+    return STATES[request.param]
+
+
+@pytest.fixture(autouse=True)
+def _seed_of_the_operating_system(monkeypatch):
+    monkeypatch.setattr(proven_norms.secrets, "randbits", lambda bits: 7)
+
+
+def same(question, state):
+    """Ask it under the defaults of PyTorch and in another state: the answers, which have to be the same."""
+    plain = question()
+    with state():
+        other = question()
+    assert plain.keys() == other.keys()
+    for name, value in plain.items():
+        assert (value.dtype, value.device) == (other[name].dtype, other[name].device), name
+        assert torch.equal(value, other[name]), name
+    return plain
+
+
+EPSILON = 0.03
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_a_proof_is_the_same(case, state, effort):
+    def question():
+        model, x = case.double
+        proof = prove(model, x, case.y, EPSILON, ProvenNorms(1e-6, 1000, seed=3), effort=effort)
+        return {name: value for name, value in vars(proof).items() if isinstance(value, torch.Tensor)}
+
+    margins = same(question, state)["worst_margin"]
+    assert (margins > 0).any()
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_a_proof_for_a_float32_network_and_valid_images_is_the_same(state, effort):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3)).double()
+    x = torch.rand(4, 1, 6, 6, dtype=torch.float64)
+    y = model(x).argmax(dim=1)
+
+    def question():
+        norms = ProvenNorms(1e-6, 1000, seed=3, deployed="float32")
+        return {"margin": prove(model, x, y, EPSILON, norms, (0.0, 1.0), effort).worst_margin}
+
+    same(question, state)
+
+
+@pytest.mark.parametrize("certificate", ["proven", "estimate"])
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_what_is_certified_is_the_same(case, state, effort, certificate):
+    def question():
+        radii = torch.linspace(0.001, 0.1, 6, device="cpu", dtype=torch.float32)
+        return {"certified": certify(case.model, case.x, case.y, radii, certificate, effort=effort)}
+
+    certified = same(question, state)["certified"]
+    assert certified.any()
+    assert not certified.all()
+
+
+@pytest.mark.parametrize("certificate", ["proven", "estimate"])
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_certified_radius_is_the_same(case, state, certificate, labels):
+    def question():
+        y = case.y[:3] if labels else None
+        arguments = {"tolerance": 0.02, "limit": 0.2, "effort": "product"}
+        return {"radius": certified_radius(case.model, case.x[:3], y, certificate=certificate, **arguments)}
+
+    assert (same(question, state)["radius"] > 0).any()
+
+
+@pytest.mark.parametrize("certificate", ["proven", "estimate"])
+def test_the_lipschitz_constants_are_the_same(case, state, certificate):
+    def question():
+        found = local_lipschitz(case.model, case.x, EPSILON, certificate)
+        return {"lipschitz": found.lipschitz, "global": found.global_lipschitz}
+
+    assert same(question, state)["lipschitz"].isfinite().all()
+
+
+def test_the_states_are_left_as_they_were(state):
+    def of_the_process():
+        return (
+            torch.get_default_dtype(),
+            torch.get_default_device(),
+            torch.is_autocast_enabled("cpu"),
+            torch.is_grad_enabled(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_float32_matmul_precision(),
+        )
+
+    before = of_the_process()
+    with state():
+        pass
+    assert of_the_process() == before
