@@ -81,8 +81,9 @@ def evaluate(chain: Chain, slope: Tensor, multipliers: Multipliers, roundoff: fl
     for number, layer in enumerate(chain.hidden):
         is_last = number + 1 == len(chain.hidden)
         own_mu, own_nu = mu[:, number], torch.zeros_like(value) if is_last else nu[:, number + 1]
-        reference = torch.zeros_like(slope) if is_last else c[number + 1]
-        behind = slope if is_last else a[number + 1]
+        # The last layer sees the hidden layer before it flattened.
+        behind = slope.reshape(layer.center.shape) if is_last else a[number + 1]
+        reference = torch.zeros_like(behind) if is_last else c[number + 1]
         weights = (_like(own_mu, reference), _like(own_nu, reference))
         terms = Terms(layer.center, behind, g[number], t[number], reference, *weights, layer.lo, layer.hi)
         best = layer.activation.maximum(terms, roundoff)
