@@ -171,7 +171,9 @@ def points_in_the_ball(model, x, epsilon):
     lengths = torch.rand(SAMPLES, 1, 1, dtype=x.dtype)
     lengths[::2] = 1
     inside = (epsilon * lengths * directions).view(SAMPLES, *x.shape)
-    return x + torch.cat([inside, *(attack(model, x, epsilon, c, s) for c in range(CLASSES) for s in (1, -1))])
+    return x + torch.cat(
+        [inside, *(attack(model, x, epsilon, c, s) for c in range(model[-1].out_features) for s in (1, -1))]
+    )
 
 
 def attack(model, x, epsilon, target, sign, steps=8):

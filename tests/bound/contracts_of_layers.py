@@ -126,7 +126,9 @@ class ClippingContract(ActivationContract):
 
     def test_it_rounds_nothing_as_all_it_gives_was_there_before(self, activation):
         x = torch.randn(3, *self.shape, dtype=torch.float64)
-        ends = [torch.as_tensor(end, dtype=torch.float64).detach().flatten() for end in (activation.low, activation.high)]
+        ends = [
+            torch.as_tensor(end, dtype=torch.float64).detach().flatten() for end in (activation.low, activation.high)
+        ]
         assert activation.rounding == 0
         assert torch.isin(activation(x), torch.cat([x.flatten(), *ends])).all()
 

@@ -8,11 +8,9 @@ from torch import nn
 from local_bound import (
     Activation,
     Arithmetic,
-    Clip,
     Conv,
     Dense,
     Graph,
-    LinearOperator,
     Normalize,
     Reshape,
     local_lipschitz,
@@ -107,3 +105,60 @@ def test_batch_norm_at_the_start_of_a_nest_is_folded_too():
     nested = nn.Sequential(flat[0], flat[1:3], *flat[3:])
     one, two = (walk(model, images(*MAPS), 0.1).global_hidden_lipschitz for model in (flat, nested))
     torch.testing.assert_close(two, one)
+
+
+def deep():
+    """Every kind of meaning, nested, with one folded pair."""
+    block = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), clipped_maxmin(4, 4, 4), nn.Sequential(nn.AvgPool2d(2))
+    )
+    return settled(Normalize([0.5], [0.5]), block, nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+
+
+def test_the_graph_is_a_chain_of_layers_at_their_positions_with_one_for_a_folded_pair():
+    graph = Graph.of(deep())
+    assert [node.position for node in graph.hidden] == [0, "1.0", "1.2", "1.3.0", 2, 3, 4]
+    assert [type(node.layer).__name__ for node in graph.hidden] == [
+        *("Normalize", "BatchNormed", "ClampGroupSort", "AvgPool2d", "Flatten", "Linear", "ReLU"),
+    ]
+    assert graph.last.position == 5
+
+
+def test_every_layer_means_what_it_is():
+    kinds = (Conv, Conv, Activation, Conv, Reshape, Dense, Activation)
+    meanings = Graph.of(deep()).meanings(images(*MAPS), Arithmetic())
+    assert [position for position, _ in meanings] == [0, "1.0", "1.2", "1.3.0", 2, 3, 4]
+    assert all(isinstance(meaning, kind) for (_, meaning), kind in zip(meanings, kinds))
+
+
+def test_operators_and_activations_come_in_order_and_fit_to_one_another():
+    graph, x = Graph.of(deep()), images(*MAPS)
+    operators, activations = graph.operators(x), graph.activations(x)
+    assert [operator.position for operator in operators] == [0, "1.0", "1.3.0", 3]
+    assert [tuple(o.input_shape) for o in operators] == [MAPS, MAPS, (4, 4, 4), (16,)]
+    assert [tuple(o.output_shape) for o in operators] == [MAPS, (4, 4, 4), (4, 2, 2), (8,)]
+    assert [activation.elementwise for activation in activations] == [False, True]
+
+
+def test_nothing_is_computed_to_know_the_meanings():
+    model = deep()
+    for layer in model.modules():
+        layer.forward = None  # only one that is called would say so
+    flatten = model[2]
+    del flatten.forward  # which says what the shape behind it is
+    assert len(Graph.of(model).meanings(images(*MAPS), Arithmetic())) == 7
+
+
+def test_the_operators_multiply_to_the_network_where_activations_leave_everything():
+    model = settled(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 8), nn.Linear(8, CLASSES))
+    graph, x = Graph.of(model), images(*MAPS)
+    first, second = graph.operators(x)
+    torch.testing.assert_close(graph.last_operator().affine(second.affine(first.affine(x).flatten(1))), model(x))
+    assert graph.last_operator().position == 4
+
+
+def test_the_graph_of_a_network_stands_for_it():
+    model, x = network("mixture"), images(1, 6, 6)
+    ours, theirs = walk(Graph.of(model), x, 0.2), walk(model, x, 0.2)
+    for name in ("logits", "lower", "upper", "radius"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))

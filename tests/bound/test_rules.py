@@ -26,11 +26,8 @@ from oracles import (
 from torch import nn
 
 from local_bound import (
-    Arithmetic,
-    Clip,
     Elementwise,
     Normalize,
-    Place,
     PowerIteration,
     certified_radius,
     certify,

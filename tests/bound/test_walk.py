@@ -15,9 +15,7 @@ from oracles import (
     dense_network,
     images,
     make_case,
-    masked,
     network,
-    norm_of,
     outputs_of,
     points_in_the_ball,
     relu,
@@ -26,7 +24,19 @@ from oracles import (
 )
 from torch import nn
 
-from local_bound import Elementwise, PowerIteration, ProvenNorms, certify, gloro_loss, propagate, rule, worst_logits
+from local_bound import (
+    Elementwise,
+    PowerIteration,
+    ProvenNorms,
+    certified_radius,
+    certify,
+    gloro_loss,
+    propagate,
+    rule,
+    worst_logits,
+    worst_margin,
+)
+from locallip.bound import rules
 
 
 @pytest.fixture(autouse=True)
@@ -224,3 +234,121 @@ def test_gradients_of_the_ball_alone_are_those_of_plain_operations():
 def test_how_far_a_box_reaches_cannot_be_asked_without_one():
     with pytest.raises(ValueError, match="without a box"):
         propagate(network("relux"), images(1, 6, 6), 0.1, PowerIteration(1), sparse_threshold=0.1, box=False)
+
+
+# --- what each layer was ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_that_are_kept_say_what_stands_there_and_what_the_walk_found(kind):
+    model, x = network(kind), images(1, 6, 6)
+    bound = walk(model, x, 0.2, keep_layers=True)
+    assert [layer.operator.position for layer in bound.layers] == list(bound.local_norms)
+    for layer in bound.layers:
+        position = layer.operator.position
+        assert torch.equal(layer.norm, bound.local_norms[position])
+        rows, _ = bound.masks[position]
+        assert (layer.rows is None) == (rows is None)
+        assert rows is None or torch.equal(layer.rows, rows)
+        # Average pooling and normalisation have a linear layer right behind them.
+        assert len(layer.activations) == (0 if type(model[position]).__name__ in ("Normalize", "AvgPool2d") else 1)
+        assert (layer.columns is None) == (not layer.activations)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_region_of_a_layer_that_is_kept_holds_its_outputs_for_all_points_of_the_ball(kind):
+    case = make_case(kind, 0.4)
+    for layer in walk(case.model, case.x, case.epsilon, keep_layers=True).layers:
+        end = layer.operator.position + 1
+        end += isinstance(case.model[end], BATCH_NORMS)
+        outputs, region = outputs_of(case.model, case.points, end), layer.region
+        assert (outputs >= region.lower - 1e-9).all()
+        assert (outputs <= region.upper + 1e-9).all()
+        torch.testing.assert_close(region.center, case.model[:end](case.x))
+
+
+def test_linear_layers_in_a_row_are_kept_as_layers_without_an_activation():
+    bound = walk(dense_network(nn.Linear(8, 8), nn.ReLU(), nn.ReLU()), images(6), 0.1, keep_layers=True)
+    first, second = bound.layers
+    assert first.activations == ()
+    assert first.rows is None
+    assert first.columns is None
+    assert len(second.activations) == 2
+    assert torch.equal(second.rows, bound.varying[1])
+    assert torch.equal(second.columns, bound.varying[3])
+
+
+def test_a_layer_that_is_kept_has_the_shape_in_which_its_activation_takes_it():
+    model = settled(nn.Conv2d(1, 3, 3), nn.Flatten(), clipped_relu(48), nn.Linear(48, 3))
+    (layer,) = walk(model, images(1, 6, 6), 0.1, keep_layers=True).layers
+    assert layer.operator.output_shape == (3, 4, 4)
+    assert {layer.region.center.shape, layer.rows.shape, layer.columns.shape} == {(IMAGES, 48)}
+    assert torch.equal(layer.columns, layer.rows)
+
+
+def test_no_layers_are_kept_where_an_activation_stands_before_the_first_of_them():
+    # What the ball around x becomes there is no ball around the first linear layer's input.
+    model = nn.Sequential(nn.ReLU(), *dense_network(nn.ReLU())).double()
+    assert walk(model, images(6), 0.1, keep_layers=True).layers is None
+    assert walk(model[1:], images(6), 0.1, keep_layers=True).layers is not None
+
+
+def test_no_layers_are_kept_unless_they_are_asked_for():
+    assert walk(dense_network(nn.ReLU()), images(6), 0.1).layers is None
+
+
+# --- how much an activation of one's own rounds ----------------------------------------------------------------------
+
+
+class Squash(nn.Module):
+    """Its activation says that it rounds by so much; None: it says nothing."""
+
+    def __init__(self, rounding):
+        super().__init__()
+        self.rounding = rounding
+
+    def forward(self, x):
+        return torch.tanh(x)
+
+
+@pytest.fixture
+def squashing(monkeypatch):
+    """Networks of `Squash`, by its rounding."""
+    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
+
+    @rule(Squash)
+    def squash(layer, place):
+        return Elementwise(layer, lambda lower, upper: lower != upper, layer.rounding)
+
+    return lambda rounding: dense_network(Squash(rounding))
+
+
+def test_a_proof_refuses_an_activation_that_does_not_say_by_how_much_it_rounds(squashing):
+    model, x = squashing(None), images(6)
+    with pytest.raises(ValueError, match=r"position 1 does not say by how much it rounds"):
+        propagate(model, x, 0.1, ProvenNorms(1e-6, 100))
+    for ask in (certify, certified_radius):
+        with pytest.raises(ValueError, match=r"position 1 does not say by how much it rounds"):
+            ask(model, x, torch.arange(IMAGES) % 3, *([0.1] if ask is certify else []))
+
+
+def test_an_estimate_takes_it_as_it_is(squashing):
+    model, x = squashing(None), images(6)
+    y = model(x).argmax(dim=1)
+    assert certify(model, x, y, 1e-6, certificate="estimate").all()
+    points = points_in_the_ball(model, x, 0.3)
+    assert_ball_and_box_hold(walk(model, x, 0.3), outputs_of(model, points, -1))
+
+
+def test_a_declared_rounding_error_widens_the_box_and_costs_margin(squashing):
+    model, x, bounds = squashing(0.0), images(6), []
+    for model[1].rounding in (0.0, 1e-3):
+        bounds.append(propagate(model, x, 0.1, ProvenNorms(1e-6, 100)))
+    none, some = bounds
+    torch.testing.assert_close(some.upper, none.upper + 1e-3, rtol=0, atol=1e-12)
+    torch.testing.assert_close(some.lower, none.lower - 1e-3, rtol=0, atol=1e-12)
+    # Every one of 8 entries is off by so much, in the direction of the ball's worst point.
+    assert (some.radius >= none.radius + 1e-3 * 8**0.5).all()
+    y = none.logits.argmax(dim=1)
+    margins = [worst_margin(worst_logits(bound, y, 1000), y) for bound in bounds]
+    assert (margins[1] < margins[0] - 1e-5).all()

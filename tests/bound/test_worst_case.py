@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from oracles import EPSILONS, KINDS, SAMPLES, images, largest_step, make_case, network, outputs_of, walk
-from torch import nn
 
 from local_bound import gloro_logits, worst_logits, worst_margin
 from locallip.bound.operators import Dense
@@ -120,3 +119,14 @@ def test_a_nan_pixel_is_not_certified_and_leaves_the_other_images_alone(model):
     margin = worst_margin(worst_logits(walk(model, x, 0.01), y, 1000), y)
     assert not margin[1] > 0
     torch.testing.assert_close(margin[[0, 2, 3]], whole[[0, 2, 3]])
+
+
+def test_the_global_radius_is_where_the_worst_logit_of_a_ball_alone_reaches_the_label():
+    logits, y = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 4
+    last, lipschitz = Dense(torch.randn(4, 3, dtype=torch.float64), None, 0), torch.tensor(1.7, dtype=torch.float64)
+    radius = global_radius(logits, y, last, lipschitz)
+    assert torch.equal(radius == 0, logits.argmax(dim=1) != y)
+    for scale, certified in ((0.999, True), (1.001, False)):
+        slopes = (last.weight - last.weight[y][:, None]).norm(dim=2)
+        worst = logits + slopes * lipschitz * scale * radius[:, None]
+        assert ((worst_margin(worst, y) > 0) == certified)[radius > 0].all()
