@@ -1,6 +1,7 @@
 """What the tests of the bound compare with: brute force by dense matrices, sampling and attack, and networks for it."""
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -123,6 +124,11 @@ def dense_network(*middle):
     return nn.Sequential(nn.Linear(6, 8), *middle, nn.Linear(8, 3)).double()
 
 
+def network_with(layer):
+    """A layer between 12 entries and 12 entries."""
+    return nn.Sequential(nn.Linear(12, 12), nn.ReLU(), layer, nn.Linear(12, CLASSES)).double()
+
+
 def settled(*layers):
     """A network in eval mode whose batch normalisations have seen something."""
     model = nn.Sequential(*layers).double().eval()
@@ -133,6 +139,19 @@ def settled(*layers):
             if layer.affine:
                 nn.init.uniform_(layer.weight, -2, 2)
                 nn.init.uniform_(layer.bias, -0.5, 0.5)
+    return model
+
+
+def own_network():
+    """Every kind of layer in one network."""
+    model = settled(
+        Normalize([0.3, 0.6], [0.5, 0.25]),
+        nn.Sequential(nn.Conv2d(2, 4, 3, padding="same", groups=2), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2)),
+        *(nn.Dropout(), nn.Conv2d(4, 6, 2, dilation=2), nn.ReLU(), nn.BatchNorm2d(6), nn.Identity()),
+        *(nn.Flatten(), nn.Linear(6, 8), clipped_relu(8), nn.BatchNorm1d(8, affine=False)),
+        nn.Linear(8, CLASSES),
+    )
+    nn.init.normal_(model[-1].weight)  # so much that what the clipping leaves can change every answer
     return model
 
 
@@ -171,9 +190,8 @@ def points_in_the_ball(model, x, epsilon):
     lengths = torch.rand(SAMPLES, 1, 1, dtype=x.dtype)
     lengths[::2] = 1
     inside = (epsilon * lengths * directions).view(SAMPLES, *x.shape)
-    return x + torch.cat(
-        [inside, *(attack(model, x, epsilon, c, s) for c in range(model[-1].out_features) for s in (1, -1))]
-    )
+    targets = itertools.product(range(model[-1].out_features), (1, -1))
+    return x + torch.cat([inside, *(attack(model, x, epsilon, *target) for target in targets)])
 
 
 def attack(model, x, epsilon, target, sign, steps=8):

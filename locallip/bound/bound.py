@@ -19,8 +19,8 @@ class HiddenLayer:
         operator: W x + b.
         activations: those behind it, in order; an empty tuple where another linear layer follows.
         region: ball and box of the operator's outputs, shaped as the first activation takes them.
-        rows, columns: (N, ...) bool, shaped like them, which outputs of the operator, and which of the activations behind
-            it, can vary in the ball; None: all.
+        rows, columns: (N, ...) bool, shaped like them, which outputs of the operator, and which of the activations
+            behind it, can vary in the ball; None: all.
         norm: (N,) of what is left of the operator.
     """
 

@@ -11,11 +11,11 @@ from oracles import (
     IMAGES,
     MAPS,
     ExactNorms,
-    clipped_maxmin,
     clipped_relu,
     images,
     norm_of,
     outputs_of,
+    own_network,
     points_in_the_ball,
     settled,
     walk,
@@ -31,19 +31,6 @@ EXACT = ExactNorms()
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def own_network():
-    """Every kind of layer in one network."""
-    model = settled(
-        Normalize([0.3, 0.6], [0.5, 0.25]),
-        nn.Sequential(nn.Conv2d(2, 4, 3, padding="same", groups=2), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2)),
-        *(nn.Dropout(), nn.Conv2d(4, 6, 2, dilation=2), nn.ReLU(), nn.BatchNorm2d(6), nn.Identity()),
-        *(nn.Flatten(), nn.Linear(6, 8), clipped_relu(8), nn.BatchNorm1d(8, affine=False)),
-        nn.Linear(8, CLASSES),
-    )
-    nn.init.normal_(model[-1].weight)  # so much that what the clipping leaves can change every answer
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -256,64 +243,3 @@ def test_a_certificate_of_another_name_is_refused(ask):
 def test_there_must_be_one_label_for_every_image(ask, y, certificate):
     with pytest.raises(ValueError, match="one label per image"):
         ask(nn.Sequential(nn.Linear(6, 3)), torch.rand(2, 6), y, certificate=certificate)
-
-
-# --- how far a proof goes --------------------------------------------------------------------------------------------
-
-
-def test_the_dual_certifies_larger_radii_that_hold_as_well(model, x, y):
-    product, dual = (certified_radius(model, x, y, 1e-2, effort=effort) for effort in ("product", "dual"))
-    # Each is off by the tolerance at most.
-    assert (dual >= product - 1e-2).all()
-    assert (dual > 1.1 * product).any()
-    for image in range(IMAGES):
-        points = points_in_the_ball(model, x[image : image + 1], dual[image].item())
-        assert (outputs_of(model, points, len(model)).argmax(dim=2) == y[image]).all()
-
-
-ORDERS = {
-    "maps up to the end": lambda: [nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, CLASSES)],
-    "linear layers in a row": lambda: [
-        *(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 12)),
-        nn.Linear(12, CLASSES),
-    ],
-    "flattened before the activation": lambda: [
-        *(nn.Conv2d(2, 3, 3), nn.Flatten(), clipped_relu(48), nn.Linear(48, 8), nn.ReLU()),
-        nn.Linear(8, CLASSES),
-    ],
-    "pairs of what was flattened": lambda: [
-        *(nn.Conv2d(2, 3, 3), nn.Flatten(), clipped_maxmin(48)),
-        nn.Linear(48, CLASSES),
-    ],
-    "pooling": lambda: [nn.Conv2d(2, 3, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(12, CLASSES)],
-    "two activations": lambda: [nn.Conv2d(2, 3, 3), nn.ReLU(), clipped_relu(3, 4, 4), nn.Flatten(), nn.Linear(48, 5)],
-    "an activation first": lambda: [nn.ReLU(), nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, CLASSES)],
-    "linear": lambda: [nn.Flatten(), nn.Linear(72, CLASSES)],
-}
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_proof_goes_on_to_the_dual_whatever_the_order_of_the_layers(order, x):
-    model = settled(*ORDERS[order]())
-    y = model(x).argmax(dim=1)
-    product, dual = (certified_radius(model, x, y, 1e-2, effort=effort) for effort in ("product", "dual"))
-    assert (dual >= product - 1e-2).all()
-    assert (dual > 0).any()
-    for image in (dual > 0).nonzero().squeeze(1).tolist():
-        points = points_in_the_ball(model, x[image : image + 1], dual[image].item())
-        assert (outputs_of(model, points, len(model)).argmax(dim=2) == y[image]).all()
-
-
-@pytest.mark.parametrize("certificate", ["proven", "estimate", EXACT], ids=["proven", "estimate", "norms of one's own"])
-@pytest.mark.parametrize("ask", [certify, certified_radius])
-def test_an_effort_of_another_name_is_refused(ask, certificate):
-    arguments = {"epsilon": 0.1} if ask is certify else {}
-    with pytest.raises(ValueError, match="guessed"):
-        ask(
-            nn.Sequential(nn.Linear(6, 3)),
-            torch.rand(2, 6),
-            torch.zeros(2, dtype=torch.long),
-            certificate=certificate,
-            effort="guessed",
-            **arguments,
-        )

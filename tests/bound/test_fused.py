@@ -254,8 +254,8 @@ def test_fused_and_plain_agree_wherever_an_activation_stands(layers, clip):
     net, x, y = nn.Sequential(*layers, nn.ReLU(), nn.Linear(6, 3)), torch.rand(3, 2, 4, 4), torch.arange(3)
     epsilon = torch.tensor([0.0, 0.2, 0.5])
     found = []
-    for fused in (True, False):
-        bound = propagate(net, x, epsilon, PowerIteration(30), clip, fused=fused)
+    for in_one_pass in (True, False):
+        bound = propagate(net, x, epsilon, PowerIteration(30), clip, fused=in_one_pass)
         loss = bcp_loss(bound.logits, worst_logits(bound, y), y, 0.3)
         gradients = torch.autograd.grad(loss, list(net.parameters()), materialize_grads=True)
         found.append([bound.lower, bound.upper, bound.radius, loss, *gradients])
