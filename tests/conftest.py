@@ -15,6 +15,8 @@ import training
 import utils
 from data_load import load_data
 
+pytest.register_assert_rewrite("oracles", "contracts_of_layers", "contracts_of_operators")
+
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 0.05
 TINY = ["--data", "digits", "--width", WIDTH, "--device", "cpu"]

@@ -18,9 +18,9 @@ class HiddenLayer:
     Attributes:
         operator: W x + b.
         activations: those behind it, in order; an empty tuple where another linear layer follows.
-        region: ball and box of the operator's outputs.
-        rows, columns: (N, *output_shape) bool, which outputs of the operator, and which of the activations behind it,
-            can vary in the ball; None: all.
+        region: ball and box of the operator's outputs, shaped as the first activation takes them.
+        rows, columns: (N, ...) bool, shaped like them, which outputs of the operator, and which of the activations
+            behind it, can vary in the ball; None: all.
         norm: (N,) of what is left of the operator.
     """
 

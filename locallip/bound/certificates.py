@@ -13,7 +13,7 @@ from locallip.bound.graph import Graph
 from locallip.bound.norms import Arithmetic, Norms
 from locallip.bound.operators import Position
 from locallip.bound.power_iteration import PowerIteration
-from locallip.bound.proof import LANCZOS_STEPS, decide, prove, proven_norms
+from locallip.bound.proof import LANCZOS_STEPS, decide, prove, proven_norms, refuse_effort
 from locallip.bound.proven_norms import ProvenNorms
 from locallip.bound.stages import ProductStage
 from locallip.bound.tensors import underflow_to_nan
@@ -96,8 +96,9 @@ def certify(
 
     Raises:
         TypeError: names the first layer without a rule and its position.
-        ValueError: as `propagate`, for labels of another shape, or for a certificate of another name.
+        ValueError: as `propagate`, for labels of another shape, or for a certificate or effort of another name.
     """
+    refuse_effort(effort)
     graph, x, norms = _prepare(model, x, certificate, failure_probability)
     return _certified(graph, x, y, epsilon, norms, effort)
 
@@ -122,6 +123,7 @@ def certified_radius(
     """
     if not (0 < tolerance < math.inf and 0 < limit < math.inf):
         raise ValueError(f"tolerance and limit must be finite and above 0, got {tolerance} and {limit}")
+    refuse_effort(effort)
     # Doubling and halving between the tolerance and the limit, and the question at 0.
     questions = 3 + 2 * math.ceil(max(0.0, math.log2(limit / tolerance)))
     graph, x, norms = _prepare(model, x, certificate, failure_probability, questions)

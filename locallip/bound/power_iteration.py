@@ -101,8 +101,8 @@ class PowerIteration:
     def _random(self, count: int, operator: LinearOperator) -> Tensor:
         shape = min(operator.input_shape, operator.output_shape, key=torch.Size.numel)
         weight = operator.weight
-        start = torch.randn(count, *shape, generator=self._generator, dtype=weight.dtype).to(weight.device)
-        return unit(start)[0]
+        start = torch.randn(count, *shape, generator=self._generator, dtype=weight.dtype, device="cpu")
+        return unit(start.to(weight.device))[0]
 
     def _fresh(self, count: int, operator: LinearOperator) -> Tensor:
         # A mask that eliminates little moves the leading vector little; the random part reaches what is left

@@ -31,8 +31,7 @@ def proof_stages(graph: Graph, x: Tensor, norms: ProvenNorms, effort: str = "dua
     Raises:
         ValueError: for an effort of another name.
     """
-    if effort not in EFFORTS:
-        raise ValueError(f"the effort must be one of {', '.join(EFFORTS)}, got '{effort}'")
+    refuse_effort(effort)
     if effort == "product":
         return [_product_stage(norms, steps) for steps in LANCZOS_STEPS]
     needs_masks = any(activation.elementwise for activation in graph.activations(x))
@@ -40,6 +39,12 @@ def proof_stages(graph: Graph, x: Tensor, norms: ProvenNorms, effort: str = "dua
     # What fails by the product may hold by the dual, so only certificates settle anything before it.
     stages = [replace(_product_stage(norms, steps), from_below=False) for steps in first]
     return [*stages, replace(_product_stage(norms, last), before_dual=True), DualStage()]
+
+
+def refuse_effort(effort: str) -> None:
+    """Refuse an effort of another name, with a ValueError."""
+    if effort not in EFFORTS:
+        raise ValueError(f"the effort must be one of {', '.join(EFFORTS)}, got '{effort}'")
 
 
 def _product_stage(norms: ProvenNorms, steps: int) -> ProductStage:

@@ -188,6 +188,8 @@ class _Walk:
             rounding = rounding.behind_activation(activation.rounding, region.center[0].numel())
         columns, still_open = state.columns, state.open
         if still_open:
+            if self._layers is not None and not still_open.activations:
+                still_open = replace(still_open, region=state.region)  # a reshape may have come between
             follow = still_open.rows_follow and activation.elementwise
             still_open = replace(still_open, rows_follow=follow, activations=(*still_open.activations, activation))
         else:
@@ -262,8 +264,9 @@ class _Walk:
         self._masks[operator.position] = (rows, columns)
         self._local_norms[operator.position] = upper
         if self._layers is not None:
-            behind = None if state.columns is None else state.columns.reshape(-1, *operator.output_shape)
             kept = state.open
-            self._layers.append(HiddenLayer(operator, kept.activations, kept.region, rows, behind, upper))
+            shape = kept.region.center.shape
+            masks = (None if mask is None else mask.reshape(shape) for mask in (rows, state.columns))
+            self._layers.append(HiddenLayer(operator, kept.activations, kept.region, *masks, upper))
         local = state.rounding.product(state.local, upper)
         return replace(state, local=local, lowest=state.lowest * lower, open=None)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bound.contracts import OperatorContract
+from contracts_of_operators import OperatorContract
 from oracles import batch, convolutions, dense_layers, matrix_of
 from torch import nn
 

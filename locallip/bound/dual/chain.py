@@ -18,12 +18,13 @@ class Hidden:
 
     Attributes:
         operator, activation: what it computes.
-        center: (N, *output_shape) what the operator gives at x, roughly: a proof measures what it misses.
+        center: (N, ...) what the operator gives at x, roughly, shaped as the activation takes it: a proof measures what
+            it misses.
         norm: (N,) at least the norm of the operator's rows and columns that remain.
         absolute: scalar, at least the norm of the operator's entrywise absolute values.
-        rows, columns: (N, *output_shape) bool, which outputs of the operator and of the activation can vary in the
+        rows, columns: (N, ...) bool, which outputs of the operator and of the activation can vary in the
             ball; None: all. For pairs there are no rows.
-        lo, hi: (N, *output_shape) ends of the steps from `center` in the ball; None: infinite.
+        lo, hi: (N, ...) ends of the steps from `center` in the ball; None: infinite.
     """
 
     operator: LinearOperator

@@ -95,7 +95,7 @@ def _forward(chain: Chain) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     for layer in chain.hidden:
         operator = layer.operator
         inputs = values[-1].reshape(-1, *operator.input_shape)
-        seen = _norm(operator.affine(inputs) - layer.center)
+        seen = _norm(operator.affine(inputs).reshape(layer.center.shape) - layer.center)
         sums = layer.absolute * _norm(inputs) + _bias_size(operator)
         fresh = _gamma(operator.weight[0].numel()) * (sums + _norm(layer.center)) + layer.absolute * before
         missed.append((seen + fresh) * (1 + 1e-6))

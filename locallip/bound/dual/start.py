@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from locallip.bound.dual.chain import Chain
-from locallip.bound.dual.value import Multipliers, through
+from locallip.bound.dual.value import Multipliers, back, through
 
 # How the free part of the penalty is shared out: every layer gets so many times what the one before it gets.
 _GROWTH = 1.7
@@ -28,7 +28,7 @@ def backward(chain: Chain, slope: Tensor, steps: list[Tensor], inputs: Tensor) -
     grads, grad = [], slope
     for layer, step in zip(reversed(chain.hidden), reversed(steps)):
         grads.append(layer.activation.backward(layer.center + step, grad.reshape(step.shape)))
-        grad = layer.operator.adjoint(grads[-1])
+        grad = back(layer, grads[-1])
     return grads[::-1], grad.reshape(inputs.shape)
 
 

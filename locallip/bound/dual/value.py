@@ -71,7 +71,7 @@ def evaluate(chain: Chain, slope: Tensor, multipliers: Multipliers, roundoff: fl
     """
     g, c = multipliers.g, multipliers.c
     mu, nu = penalties(chain, multipliers.delta)
-    a = [_reshaped(layer.operator.adjoint(g), c) for layer, g, c in zip(chain.hidden, g, c)]
+    a = [_reshaped(back(layer, g), c) for layer, g, c in zip(chain.hidden, g, c)]
     t = [_masked(through(layer, c), layer.rows) for layer, c in zip(chain.hidden, c)]
     halvings = 60 if slope.dtype == torch.float64 else 20
     bottom = (a[0], c[0], nu[:, 0], chain.epsilon)
@@ -81,8 +81,9 @@ def evaluate(chain: Chain, slope: Tensor, multipliers: Multipliers, roundoff: fl
     for number, layer in enumerate(chain.hidden):
         is_last = number + 1 == len(chain.hidden)
         own_mu, own_nu = mu[:, number], torch.zeros_like(value) if is_last else nu[:, number + 1]
-        reference = torch.zeros_like(slope) if is_last else c[number + 1]
-        behind = slope if is_last else a[number + 1]
+        # The last layer sees the hidden layer before it flattened.
+        behind = slope.reshape(layer.center.shape) if is_last else a[number + 1]
+        reference = torch.zeros_like(behind) if is_last else c[number + 1]
         weights = (_like(own_mu, reference), _like(own_nu, reference))
         terms = Terms(layer.center, behind, g[number], t[number], reference, *weights, layer.lo, layer.hi)
         best = layer.activation.maximum(terms, roundoff)
@@ -120,8 +121,8 @@ def gradient(chain: Chain, multipliers: Multipliers, found: Evaluation) -> Multi
         by_g.append(_masked(through(layer, change), layer.rows) - step)
         off = step - found.t[number]
         missed = change - reference
-        back = _reshaped(layer.operator.adjoint(off * _like(found.mu[:, number], off)), reference)
-        by_c.append(_masked(back - missed * _like(found.nu[:, number], missed), mask))
+        returned = _reshaped(back(layer, off * _like(found.mu[:, number], off)), reference)
+        by_c.append(_masked(returned - missed * _like(found.nu[:, number], missed), mask))
         by_nu = by_nu + _square(missed) / 2
         by_nu = layer.norm**2 * by_nu - _square(off) / 2
         by_mu.append(by_nu)
@@ -130,7 +131,12 @@ def gradient(chain: Chain, multipliers: Multipliers, found: Evaluation) -> Multi
 
 def through(layer, x: Tensor) -> Tensor:  # noqa: ANN001
     """What the operator of a layer makes of steps (P, ...) of its input, however these are shaped."""
-    return layer.operator.apply(x.reshape(-1, *layer.operator.input_shape))
+    return layer.operator.apply(x.reshape(-1, *layer.operator.input_shape)).reshape(-1, *layer.center.shape[1:])
+
+
+def back(layer, g: Tensor) -> Tensor:  # noqa: ANN001
+    """What the transpose makes of (P, ...), shaped like the layer's centre: (P, *input_shape)."""
+    return layer.operator.adjoint(g.reshape(-1, *layer.operator.output_shape))
 
 
 def _reshaped(x: Tensor, like: Tensor) -> Tensor:

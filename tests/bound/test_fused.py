@@ -5,18 +5,17 @@ import shutil
 import subprocess
 import sys
 
-import fused_activation
 import pytest
 import torch
 from conftest import ROOT
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import local_bound
 import training
 from data_load import channels_last
 from local_bound import bcp_loss, propagate, worst_logits
-from locallip.bound.activations import Clip
+from locallip.bound import fused, worst_case
+from locallip.bound.activations import Clip, ClippedMaxMin
 from locallip.bound.fused import activation, through_activation
 from locallip.bound.layers import ClampGroupSort, ReLU_x
 from locallip.bound.power_iteration import PowerIteration
@@ -35,7 +34,7 @@ def make_clip(kind, shape):
         return Clip(0.0, torch.rand(1, *shape).double().add(0.1).requires_grad_())
     half = (1, shape[0] // 2, *shape[1:])
     low, high = -torch.rand(half).double(), torch.rand(half).double()
-    return Clip(low.requires_grad_(), high.requires_grad_(), pairs=True)
+    return ClippedMaxMin(low.requires_grad_(), high.requires_grad_())
 
 
 def layer_of(clip):
@@ -59,7 +58,7 @@ def plain(stack, half, reach, clip):
     lower = torch.maximum(middle - half, center - reach)
     upper = torch.minimum(middle + half, center + reach)
     layer = layer_of(clip)
-    center, varying, lower, upper = layer(center), ~clip.constant(lower, upper), layer(lower), layer(upper)
+    center, varying, lower, upper = layer(center), clip.varying(lower, upper), layer(lower), layer(upper)
     return torch.cat([center, (upper + lower) / 2]), (upper - lower) / 2, varying
 
 
@@ -122,7 +121,7 @@ def test_an_activation_alone_has_the_values_and_gradients_of_plain_operations(ki
 def test_an_activation_passes_nan_on():
     x = torch.tensor([[torch.nan, 1.0, 1.0, torch.nan]])
     assert activation(x, Clip(0.0, torch.ones(1, 4))).isnan().tolist() == [[True, False, False, True]]
-    assert activation(x, Clip(-torch.ones(1, 2), torch.ones(1, 2), pairs=True)).isnan().all()
+    assert activation(x, ClippedMaxMin(-torch.ones(1, 2), torch.ones(1, 2))).isnan().all()
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 3, 4, 4), (1, 4)])
@@ -144,9 +143,9 @@ def test_thresholds_of_other_dimensions_broadcast_as_they_do_in_the_layer():
 
 def test_an_output_varies_where_nothing_is_known():
     nan = torch.full((1, 4), torch.nan)
-    for clip in (Clip(0.0, math.inf), Clip(0.0, torch.ones(1, 4)), Clip(-torch.ones(1, 2), torch.ones(1, 2), True)):
+    for clip in (Clip(0.0, math.inf), Clip(0.0, torch.ones(1, 4)), ClippedMaxMin(-torch.ones(1, 2), torch.ones(1, 2))):
         assert through_activation(torch.cat([nan, nan]), nan, nan, clip)[2].all()
-        assert not clip.constant(nan, nan).any()
+        assert clip.varying(nan, nan).all()
 
 
 # --- compiled --------------------------------------------------------------------------------------------------------
@@ -155,8 +154,8 @@ def test_an_output_varies_where_nothing_is_known():
 @pytest.fixture
 def passes(monkeypatch):
     """The two passes, put back behind the test."""
-    monkeypatch.setattr(fused_activation, "_PASSES", dict(fused_activation._PASSES))
-    return fused_activation._PASSES
+    monkeypatch.setattr(fused, "_PASSES", dict(fused._PASSES))
+    return fused._PASSES
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -164,28 +163,29 @@ def passes(monkeypatch):
 def test_compiled_passes_compute_the_same(passes, kind):
     shape = SHAPES["map"]
     inputs, clip = [x.float().detach().requires_grad_() for x in make_inputs(shape)], make_clip(kind, shape)
-    clip = Clip(*(x.float().detach() if isinstance(x, torch.Tensor) else x for x in (clip.low, clip.high)), clip.pairs)
+    clip = type(clip)(*(x.float().detach() if isinstance(x, torch.Tensor) else x for x in (clip.low, clip.high)))
     results = []
     for _ in range(2):
         stack, half, varying = through_activation(*inputs, clip)
         results.append([stack, half, varying, *torch.autograd.grad((stack.sum() + half.square().sum()), inputs)])
         alone = activation(inputs[0], clip)
         results[-1] += [alone, *torch.autograd.grad(alone.square().sum(), inputs[0])]
-        fused_activation.compile_activations()
-    assert passes["forward"] is not fused_activation._forward
+        fused.compile_activations()
+    assert passes["forward"] is not fused._PLAIN_PASSES["forward"]
     for compiled, plainly in zip(*results):
         torch.testing.assert_close(compiled, plainly)
 
 
 WITHOUT_COMPILER = """
 import torch, warnings
-import fused_activation
-fused_activation.compile_activations()
+from locallip.bound import fused
+from locallip.bound.activations import Clip
+fused.compile_activations()
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     for _ in range(2):
         x = torch.ones(2, 4, requires_grad=True)
-        out, half, varying = fused_activation.through_activation(x, x, x, fused_activation.Clip(0.0, float("inf")))
+        out, half, varying = fused.through_activation(x, x, x, Clip(0.0, float("inf")))
         out.sum().backward()
 print([str(w.message) for w in seen if "compiler" in str(w.message)], out.shape, x.grad.shape)
 """
@@ -215,7 +215,7 @@ class NoLooks(TorchDispatchMode):
 
 @pytest.mark.parametrize("gloro", [True, False])
 def test_a_step_as_on_a_gpu_never_looks_at_a_value(tiny_net, gloro, monkeypatch):
-    monkeypatch.setitem(local_bound._ROUNDS_PER_LOOK, "cpu", local_bound._ROUNDS_PER_LOOK["cuda"])
+    monkeypatch.setitem(worst_case._ROUNDS_PER_LOOK, "cpu", worst_case._ROUNDS_PER_LOOK["cuda"])
     norms, x = PowerIteration(2), channels_last(torch.rand(4, 1, 28, 28))
     stored = StoredVectors(4, training.Layout.of(tiny_net, x[:1]).vectors, x.device)
     # The optimizer of a CPU reads its own step counter there, which a GPU's does not.
@@ -254,8 +254,8 @@ def test_fused_and_plain_agree_wherever_an_activation_stands(layers, clip):
     net, x, y = nn.Sequential(*layers, nn.ReLU(), nn.Linear(6, 3)), torch.rand(3, 2, 4, 4), torch.arange(3)
     epsilon = torch.tensor([0.0, 0.2, 0.5])
     found = []
-    for fused in (True, False):
-        bound = propagate(net, x, epsilon, PowerIteration(30), clip, fused=fused)
+    for in_one_pass in (True, False):
+        bound = propagate(net, x, epsilon, PowerIteration(30), clip, fused=in_one_pass)
         loss = bcp_loss(bound.logits, worst_logits(bound, y), y, 0.3)
         gradients = torch.autograd.grad(loss, list(net.parameters()), materialize_grads=True)
         found.append([bound.lower, bound.upper, bound.radius, loss, *gradients])

@@ -3,19 +3,19 @@
 `k3` comes from three power iterations, so it pins down every single step; `kinf` from converged norms.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 from local_bound import Bound, bcp_loss, gloro_logits, gloro_loss, propagate, worst_logits
 from locallip.bound.layers import ClampGroupSort, ReLU_x
 from locallip.bound.power_iteration import PowerIteration
 
-FILES = sorted(Path(__file__).with_name("golden").glob("*.npz"))
+FILES = sorted((ROOT / "tests/golden").glob("*.npz"))
 ITERATIONS = {"k3": 3, "kinf": 3000}
 ROUNDS = (1, 10, 1000)
 ACTIVATIONS = {

@@ -1,0 +1,156 @@
+"""What has no rule: every function refuses it by name and place, before anything is computed or learnt."""
+
+import functools
+import inspect
+
+import pytest
+import torch
+from oracles import CLASSES, IMAGES, MAPS, dense_network, images, network_with, walk
+from torch import nn
+
+from local_bound import certified_radius, certify, local_lipschitz
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+class MyReLU(nn.ReLU):
+    pass
+
+
+@pytest.mark.parametrize("layer", [nn.Sigmoid(), MyReLU(), nn.MaxPool2d(1)], ids=lambda layer: type(layer).__name__)
+def test_an_unknown_layer_is_refused_with_its_type_and_position(layer):
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), layer, nn.Flatten(), nn.Linear(32, 3)).double()
+    with pytest.raises(TypeError, match=rf"{type(layer).__name__}.*position 1"):
+        walk(model, images(1, 6, 6), 0.1)
+
+
+def test_padding_other_than_zeros_is_refused():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(72, 3))
+    with pytest.raises(TypeError, match=r"Conv2d.*position 0.*reflect"):
+        walk(model.double(), images(1, 6, 6), 0.1)
+
+
+def test_a_linear_layer_on_maps_is_refused():
+    with pytest.raises(TypeError, match=r"Linear.*position 0.*Flatten"):
+        walk(nn.Sequential(nn.Linear(6, 6), nn.Flatten(), nn.Linear(36, 3)).double(), images(1, 6, 6), 0.1)
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(8), nn.Dropout()], ids=lambda layer: type(layer).__name__)
+def test_training_mode_is_refused_where_it_matters(layer):
+    model = dense_network(layer, nn.ReLU())
+    with pytest.raises(ValueError, match=r"position \d.*training mode"):
+        walk(model, images(6), 0.1)
+    walk(model.eval(), images(6), 0.1)
+
+
+PUBLIC = {
+    "local_lipschitz": lambda model, x: local_lipschitz(model, x, 0.1),
+    "certify": lambda model, x: certify(model, x, torch.zeros(IMAGES, dtype=torch.long), 0.1),
+    "certified_radius": certified_radius,
+    "certified_radius, estimated": functools.partial(certified_radius, certificate="estimate"),
+}
+
+
+@pytest.fixture(params=PUBLIC)
+def ask(request):
+    """Each of the public functions, as a question about a network and images."""
+    return PUBLIC[request.param]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.BatchNorm1d(12), nn.Dropout(), nn.Dropout1d(), nn.Sequential(nn.ReLU(), nn.BatchNorm1d(12))],
+    ids=["BatchNorm1d", "Dropout", "Dropout1d", "in a nest"],
+)
+def test_training_mode_is_refused_and_nothing_is_learnt_from_the_images(ask, layer):
+    model = network_with(layer)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"position 2.*training mode"):
+        ask(model, images(12))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_batch_norm_in_training_mode_behind_a_linear_layer_is_refused(ask):
+    model = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Linear(12, CLASSES)).double()
+    with pytest.raises(ValueError, match="training mode"):
+        ask(model, images(12))
+
+
+SUPPORTED = {nn.Conv2d, nn.Linear, nn.ReLU, nn.AvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Flatten, nn.Identity}
+SUPPORTED |= {nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Sequential}
+OTHERS = [
+    kind
+    for _, kind in sorted(inspect.getmembers(nn, inspect.isclass))
+    if issubclass(kind, nn.Module) and kind not in SUPPORTED
+]
+
+
+def blank(kind):
+    """An instance without its constructor's arguments; only its type is looked at."""
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    return layer
+
+
+@pytest.mark.parametrize("kind", OTHERS, ids=lambda kind: kind.__name__)
+def test_every_other_layer_of_pytorch_is_refused_by_its_name(kind):
+    model = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), blank(kind), nn.Linear(12, CLASSES))
+    with pytest.raises(TypeError, match=rf"\b{kind.__name__} at position 2"):
+        walk(model, torch.rand(IMAGES, 12), 0.1)
+
+
+@pytest.mark.parametrize("layer", [nn.Sigmoid(), nn.LayerNorm(12), nn.Sequential(nn.Tanh())])
+def test_an_unknown_layer_is_refused_by_every_function(ask, layer):
+    with pytest.raises(TypeError, match="position 2"):
+        ask(network_with(layer).eval(), images(12))
+
+
+class Residual(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return x + self.layers(x)
+
+
+def test_a_residual_block_is_refused_by_its_name(ask):
+    with pytest.raises(TypeError, match="Residual at position 2"):
+        ask(network_with(Residual(nn.Linear(12, 12), nn.ReLU())), images(12))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.BatchNorm2d(2, track_running_stats=False),
+        nn.AvgPool2d(3, ceil_mode=True),
+        nn.AvgPool2d(2, padding=1, count_include_pad=False),
+        nn.AvgPool2d(2, divisor_override=3),
+        nn.Conv2d(2, 2, 2, padding="same"),
+        nn.Flatten(2),
+    ],
+    ids=[
+        "batch statistics",
+        "ceil_mode",
+        "count_include_pad",
+        "divisor_override",
+        "same for an even kernel",
+        "Flatten",
+    ],
+)
+def test_settings_without_a_rule_are_refused_by_the_name_of_the_layer(ask, layer):
+    model = nn.Sequential(nn.ReLU(), layer, nn.Flatten(), nn.LazyLinear(CLASSES)).double().eval()
+    model(images(*MAPS))
+    with pytest.raises(TypeError, match=f"{type(layer).__name__} at position 1"):
+        ask(model, images(*MAPS))
+
+
+def test_batch_statistics_behind_a_linear_layer_are_refused(ask):
+    model = network_with(nn.Identity())
+    model.insert(1, nn.BatchNorm1d(12, track_running_stats=False))
+    with pytest.raises(TypeError, match="running statistics"):
+        ask(model.double().eval(), images(12))

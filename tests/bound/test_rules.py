@@ -1,0 +1,295 @@
+"""Every rule: its layer against what it says that the layer is, and what has none."""
+
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+from contracts_of_layers import ActivationRuleContract, LinearRuleContract, RuleContract
+from oracles import (
+    CLASSES,
+    ENTRIES,
+    MAPS,
+    assert_ball_and_box_hold,
+    clipped_maxmin,
+    clipped_relu,
+    images,
+    network_with,
+    outputs_of,
+    points_in_the_ball,
+    settled,
+    walk,
+)
+from torch import nn
+
+from local_bound import (
+    Elementwise,
+    Normalize,
+    PowerIteration,
+    propagate,
+    rule,
+)
+from locallip.bound import rules
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+class TestConvolution(LinearRuleContract):
+    def create(self):
+        return [nn.Conv2d(2, 3, 3, stride=2, padding=1)]
+
+
+class TestConvolutionInGroups(LinearRuleContract):
+    def create(self):
+        return [nn.Conv2d(2, 4, 3, groups=2)]
+
+
+class TestConvolutionWithDilation(LinearRuleContract):
+    def create(self):
+        return [nn.Conv2d(2, 3, 2, stride=2, dilation=(2, 3))]
+
+
+class TestConvolutionToTheSameSize(LinearRuleContract):
+    def create(self):
+        return [nn.Conv2d(2, 2, (3, 5), padding="same", dilation=(2, 1))]
+
+
+class TestDense(LinearRuleContract):
+    shape = ENTRIES
+
+    def create(self):
+        return [nn.Linear(12, 9)]
+
+
+class TestPooling(LinearRuleContract):
+    def create(self):
+        return [nn.AvgPool2d(2)]
+
+
+class TestPoolingWithStride(LinearRuleContract):
+    def create(self):
+        return [nn.AvgPool2d(3, stride=2)]
+
+
+class TestPoolingWithPadding(LinearRuleContract):
+    def create(self):
+        return [nn.AvgPool2d(3, stride=2, padding=1)]
+
+
+class TestRectangularPooling(LinearRuleContract):
+    def create(self):
+        return [nn.AvgPool2d((2, 4), stride=(1, 3), padding=(0, 2))]
+
+
+class TestPoolingThatCountsNoPaddingWhereThereIsNone(LinearRuleContract):
+    def create(self):
+        return [nn.AvgPool2d(2, count_include_pad=False)]
+
+
+class TestBatchNorm1d(LinearRuleContract):
+    shape = ENTRIES
+    training_matters = True
+
+    def create(self):
+        return [nn.BatchNorm1d(12)]
+
+
+class TestBatchNorm1dWithoutWeights(LinearRuleContract):
+    shape = ENTRIES
+    training_matters = True
+
+    def create(self):
+        return [nn.BatchNorm1d(12, affine=False)]
+
+
+class TestBatchNorm2d(LinearRuleContract):
+    training_matters = True
+
+    def create(self):
+        return [nn.BatchNorm2d(2)]
+
+
+class TestBatchNorm2dWithoutWeights(LinearRuleContract):
+    training_matters = True
+
+    def create(self):
+        return [nn.BatchNorm2d(2, affine=False)]
+
+
+class TestDenseWithBatchNorm(LinearRuleContract):
+    shape = ENTRIES
+    training_matters = True
+
+    def create(self):
+        return [nn.Linear(12, 9), nn.BatchNorm1d(9)]
+
+
+class TestDenseWithBatchNormAndNoBias(LinearRuleContract):
+    shape = ENTRIES
+    training_matters = True
+
+    def create(self):
+        return [nn.Linear(12, 9, bias=False), nn.BatchNorm1d(9)]
+
+
+class TestConvolutionWithBatchNorm(LinearRuleContract):
+    training_matters = True
+
+    def create(self):
+        return [nn.Conv2d(2, 4, 3, groups=2), nn.BatchNorm2d(4)]
+
+
+class TestConvolutionWithBatchNormWithoutWeights(LinearRuleContract):
+    training_matters = True
+
+    def create(self):
+        return [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, affine=False)]
+
+
+class TestNormalize(LinearRuleContract):
+    def create(self):
+        return [Normalize([0.3, 0.6], [0.5, 0.2])]
+
+
+class TestNormalizeWithOneNumberForAll(LinearRuleContract):
+    def create(self):
+        return [Normalize([0.3], [0.5])]
+
+
+class TestReLU(ActivationRuleContract):
+    def create(self):
+        return [nn.ReLU()]
+
+
+class TestClippedReLU(ActivationRuleContract):
+    def create(self):
+        return [clipped_relu(*MAPS)]
+
+
+class TestClippedMaxMin(ActivationRuleContract):
+    def create(self):
+        return [clipped_maxmin(*MAPS)]
+
+
+class TestIdentity(RuleContract):
+    def create(self):
+        return [nn.Identity()]
+
+
+class TestDropout(RuleContract):
+    training_matters = True
+
+    def create(self):
+        return [nn.Dropout(0.9)]
+
+
+class TestDropout1d(RuleContract):
+    shape = ENTRIES
+    training_matters = True
+
+    def create(self):
+        return [nn.Dropout1d(0.9)]
+
+
+class TestDropout2d(RuleContract):
+    training_matters = True
+
+    def create(self):
+        return [nn.Dropout2d(0.9)]
+
+
+class TestFlatten(RuleContract):
+    def create(self):
+        return [nn.Flatten()]
+
+
+def test_every_rule_has_its_tests():
+    tested = {type(layer) for contract in _contracts(RuleContract) for layer in contract().create()}
+    folded = {rules.BatchNormed}
+    assert tested | folded == set(rules._RULES)
+
+
+def _contracts(kind):
+    """All classes below that make layers."""
+    for below in kind.__subclasses__():
+        if "create" in vars(below):
+            yield below
+        yield from _contracts(below)
+
+
+# --- layers that do nothing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("behind_an_activation", [False, True], ids=["first", "behind a ReLU"])
+@pytest.mark.parametrize("layer", [nn.Identity(), nn.Dropout(0.9), nn.Dropout1d(0.9), nn.Dropout2d(0.9)])
+def test_layers_that_do_nothing_change_nothing(layer, behind_an_activation):
+    before = [nn.Linear(12, 8), nn.ReLU()] if behind_an_activation else []
+    behind, x = nn.Linear(8 if before else 12, CLASSES), images(12)
+    with_it, without = (walk(settled(*before, *middle, behind), x, 0.2) for middle in ([layer], []))
+    for name in ("logits", "lower", "upper", "radius"):
+        torch.testing.assert_close(getattr(with_it, name), getattr(without, name))
+    assert list(with_it.local_norms) == list(without.local_norms)
+
+
+# --- rules of one's own ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scratch_rules(monkeypatch):
+    """Rules registered in a test are gone behind it."""
+    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
+
+
+def code_of_the_readme():
+    section = re.search(r"^## A network of your own$(.*?)^## ", (ROOT / "README.md").read_text(), re.M | re.S)
+    return re.findall(r"^```python\n(.*?)^```$", section[1], re.M | re.S)
+
+
+def test_the_code_of_the_readme_runs_as_it_stands(scratch_rules):
+    namespace = {}
+    blocks = code_of_the_readme()
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, namespace)
+    assert namespace["bounds"].lipschitz.shape == (4,)
+    assert nn.Hardtanh in rules._RULES
+
+
+def test_the_rule_of_the_readme_is_sound(scratch_rules):
+    exec(code_of_the_readme()[1], {"nn": nn})
+    model = settled(nn.Linear(12, 8), nn.Hardtanh(-0.2, 0.3), nn.Linear(8, 8), nn.Hardtanh(), nn.Linear(8, CLASSES))
+    x = images(12)
+    bound, points = walk(model, x, 0.2), points_in_the_ball(model, x, 0.2)
+    clipped = outputs_of(model, points, 2)
+    assert_ball_and_box_hold(bound, outputs_of(model, points, -1))
+    assert not bound.varying[1].all()
+    assert (clipped == clipped[0])[:, ~bound.varying[1]].all()
+
+
+def test_a_rule_counts_for_its_very_type_only(scratch_rules):
+    class Mine(nn.ReLU):
+        """May do anything."""
+
+    rule(Mine)(rules._RULES[nn.Identity])
+    walk(network_with(Mine()), images(12), 0.1)
+    with pytest.raises(TypeError, match="Yours at position 2"):
+        walk(network_with(type("Yours", (Mine,), {})()), images(12), 0.1)
+
+
+def test_a_rule_for_a_layer_that_works_in_place_leaves_the_box_whole(scratch_rules):
+    @rule(nn.LeakyReLU)
+    def leaky(layer, place):
+        return Elementwise(layer, lambda lower, upper: torch.ones_like(lower, dtype=torch.bool))
+
+    torch.manual_seed(0)
+    x = torch.rand(3, 6)
+    boxes = []
+    for inplace in (False, True):
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(6, 5), nn.LeakyReLU(0.1, inplace), nn.Linear(5, 4), nn.LeakyReLU(0.1, inplace))
+        bound = propagate(nn.Sequential(*net, nn.Linear(4, 3)), x, 0.3, PowerIteration(50))
+        boxes.append(torch.stack([bound.lower, bound.center, bound.upper]))
+    assert torch.equal(*boxes)
