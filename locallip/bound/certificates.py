@@ -129,7 +129,8 @@ def certified_radius(
     graph, x, norms = _prepare(model, x, certificate, failure_probability, questions)
     if y is None:
         # Not by a call of the model, which a layer in training mode would learn from before it is refused.
-        y = propagate(graph, x, 0.0, norms, box=False).logits.argmax(dim=1)
+        with torch.autocast(x.device.type, enabled=False):
+            y = propagate(graph, x, 0.0, norms, box=False).logits.argmax(dim=1)
     good = x.new_zeros(len(x))
     possible = _certified(graph, x, y, good, norms, effort)
     bad = torch.full_like(good, min(tolerance, limit))

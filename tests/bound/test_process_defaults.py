@@ -49,7 +49,9 @@ def network(kind):
     else:
         layers = [Normalize([0.3], [0.5]), nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), clipped_relu(4, 6, 6)]
     layers += [nn.AvgPool2d(2), nn.Conv2d(4, 6, 2), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(24, 3)]
-    return nn.Sequential(*layers).eval()
+    model = nn.Sequential(*layers).eval()
+    nn.init.normal_(model[-1].weight)  # so much that the ball can change every answer
+    return model
 
 
 class Case:
@@ -73,21 +75,27 @@ def state(request):
     return STATES[request.param]
 
 
+# Answers under the defaults of PyTorch, by what was asked.
+_plain = {}
+
+
 @pytest.fixture(autouse=True)
 def _the_same_chance_and_few_iterations(monkeypatch):
     monkeypatch.setattr(proven_norms.secrets, "randbits", lambda bits: 7)
     monkeypatch.setattr(certificates, "_ITERATIONS", 20)
 
 
-def same(question, state):
-    """Ask it under the defaults of PyTorch and in another state: the answers, which have to be the same."""
-    plain = question()
+def same(name, question, state):
+    """Ask a question of that name under the defaults of PyTorch and in another state: the answers must be the same."""
+    if name not in _plain:
+        _plain[name] = question()
+    plain = _plain[name]
     with state():
         other = question()
     assert plain.keys() == other.keys()
-    for name, value in plain.items():
-        assert (value.dtype, value.device) == (other[name].dtype, other[name].device), name
-        assert torch.equal(value, other[name]), name
+    for column, value in plain.items():
+        assert (value.dtype, value.device) == (other[column].dtype, other[column].device), column
+        assert torch.equal(value, other[column]), column
     return plain
 
 
@@ -101,7 +109,7 @@ def test_a_proof_is_the_same(case, state, effort):
         proof = prove(model, x, case.y, EPSILON, ProvenNorms(1e-6, 1000, seed=3), effort=effort)
         return {name: value for name, value in vars(proof).items() if isinstance(value, torch.Tensor)}
 
-    margins = same(question, state)["worst_margin"]
+    margins = same(("proof", case, effort), question, state)["worst_margin"]
     assert (margins > 0).any()
 
 
@@ -116,17 +124,16 @@ def test_a_proof_for_a_float32_network_and_valid_images_is_the_same(state, effor
         norms = ProvenNorms(1e-6, 1000, seed=3, deployed="float32")
         return {"margin": prove(model, x, y, EPSILON, norms, (0.0, 1.0), effort).worst_margin}
 
-    same(question, state)
+    same(("float32", effort), question, state)
 
 
 @pytest.mark.parametrize("certificate", ["proven", "estimate"])
-@pytest.mark.parametrize("effort", EFFORTS)
-def test_what_is_certified_is_the_same(case, state, effort, certificate):
+def test_what_is_certified_is_the_same(case, state, certificate):
     def question():
-        radii = torch.linspace(0.001, 0.5, 6, device="cpu", dtype=torch.float32)
-        return {"certified": certify(case.model, case.x, case.y, radii, certificate, effort=effort)}
+        radii = torch.linspace(0.001, 1.0, 6, device="cpu", dtype=torch.float32)
+        return {"certified": certify(case.model, case.x, case.y, radii, certificate)}
 
-    certified = same(question, state)["certified"]
+    certified = same(("certified", case, certificate), question, state)["certified"]
     assert certified.any()
     assert not certified.all()
 
@@ -134,10 +141,10 @@ def test_what_is_certified_is_the_same(case, state, effort, certificate):
 @pytest.mark.parametrize("certificate", ["proven", "estimate"])
 def test_the_certified_radius_is_the_same(case, state, certificate):
     def question():
-        arguments = {"tolerance": 0.02, "limit": 0.2, "certificate": certificate, "effort": "product"}
+        arguments = {"tolerance": 0.05, "limit": 0.2, "certificate": certificate, "effort": "product"}
         return {"radius": certified_radius(case.model, case.x[:3], **arguments)}
 
-    assert (same(question, state)["radius"] > 0).any()
+    assert (same(("radius", case, certificate), question, state)["radius"] > 0).any()
 
 
 @pytest.mark.parametrize("certificate", ["proven", "estimate"])
@@ -146,7 +153,7 @@ def test_the_lipschitz_constants_are_the_same(case, state, certificate):
         found = local_lipschitz(case.model, case.x, EPSILON, certificate)
         return {"lipschitz": found.lipschitz, "global": found.global_lipschitz}
 
-    assert same(question, state)["lipschitz"].isfinite().all()
+    assert same(("lipschitz", case, certificate), question, state)["lipschitz"].isfinite().all()
 
 
 def test_the_states_are_left_as_they_were(state):

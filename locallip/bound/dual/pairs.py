@@ -160,7 +160,8 @@ class _Pair:
 
 
 def _ordered(low: Tensor | float, high: Tensor | float) -> bool:
-    return bool(torch.as_tensor(low <= high).all())
+    ordered = low <= high
+    return bool(ordered.all()) if isinstance(ordered, Tensor) else ordered
 
 
 def _halves(end: Tensor | None) -> tuple[Tensor | None, ...]:
