@@ -42,9 +42,7 @@ def in_ball(a: Tensor, c: Tensor, nu: Tensor, epsilon: Tensor) -> InputTerm:
     return InputTerm(fixed + epsilon * length, step, size)
 
 
-def in_box(
-    a: Tensor, c: Tensor, nu: Tensor, epsilon: Tensor, lo: Tensor, hi: Tensor, halvings: int = 60
-) -> InputTerm:
+def in_box(a: Tensor, c: Tensor, nu: Tensor, epsilon: Tensor, lo: Tensor, hi: Tensor, halvings: int = 60) -> InputTerm:
     """The term over those that also keep lo <= step <= hi, where lo <= 0 <= hi; (P, ...) both."""
     pull = a - _like(nu, a) * c
     longest = torch.maximum(lo.abs(), hi.abs())

@@ -6,8 +6,8 @@ p_l = h'_l - h_l = phi_l(d_l), everything that follows holds for these computed 
 
     d_l = W_l p_(l-1) + s_l    with    s_l = W_l h_(l-1) + b_l - z_l,
 
-so that errors of earlier layers do not add up: what one layer's sums miss, ||s_l||, is measured. On outputs that the box
-shows to be constant, p_l is 0 exactly. For class j, a = w_j - w_y:
+so that errors of earlier layers do not add up: what one layer's sums miss, ||s_l||, is measured. On outputs that the
+box shows to be constant, p_l is 0 exactly. For class j, a = w_j - w_y:
 
     f_j(x') - f_y(x') = a . p_m + (a . h_m + b_j - b_y).
 
