@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from locallip.bound.operators import LinearOperator
-from locallip.bound.tensors import per_image
+from locallip.bound.tensors import ForEveryImage, per_image
 
 
 class Region:
@@ -63,8 +63,13 @@ class Region:
         if half.shape[1:] == operator.input_shape:
             half = operator.absolute(half)
         else:
-            half = operator.absolute(half.new_ones(1, *operator.input_shape)) * half
-        return UncutRegion(operator.affine(stack), half + rounding, reach + rounding)
+            row = operator.absolute(half.new_ones(1, *operator.input_shape))
+            if row.dim() == 4:
+                row = row.contiguous(memory_format=torch.channels_last)  # the order of `fused`
+            half = ForEveryImage.apply(row, half)
+        if isinstance(rounding, Tensor) or rounding:  # a sum with 0 would be a pass over memory
+            half, reach = half + rounding, reach + rounding
+        return UncutRegion(operator.affine(stack), half, reach)
 
 
 class CenteredRegion(Region):
