@@ -8,12 +8,13 @@ import torch
 from conftest import TINY, WIDTH
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_local_bound import clipped_relu, dense_matrix, points_in_the_ball
-from test_own_networks import ExactNorms as PublishedWalk
+from oracles import clipped_relu, dense_matrix, points_in_the_ball
+from oracles import ExactNorms as PublishedWalk
 from torch import nn
 
 import utils
-from local_bound import LANCZOS_STEPS, certify, propagate, prove, worst_logits, worst_margin
+from locallip.bound.proof import LANCZOS_STEPS
+from local_bound import certify, propagate, prove, worst_logits, worst_margin
 from locallip.bound.lanczos import inflation, largest_ritz_value
 from locallip.bound.layers import Normalize
 from locallip.bound.operators import Conv, Dense
@@ -44,7 +45,7 @@ class ExactNorms(PublishedWalk):
     local_ball = True
 
 
-EXACT = ExactNorms(1)
+EXACT = ExactNorms()
 
 
 def test_a_proof_takes_no_rounded_factors():
@@ -253,15 +254,15 @@ def test_more_norms_than_planned_are_refused():
 
 @pytest.mark.parametrize(("steps", "percent"), [(100, 8.8), (200, 2.1), (300, 0.9), (500, 0.3)])
 def test_the_inflation_is_the_one_calculated_for_the_papers_net(steps, percent):
-    inflation = inflation(torch.tensor([32_768.0], dtype=torch.float64), steps, 1e-6 / 70_000)
-    assert 100 * (inflation.item() ** 7 - 1) == pytest.approx(percent, abs=0.05)
+    factor = inflation(torch.tensor([32_768.0], dtype=torch.float64), steps, 1e-6 / 70_000)
+    assert 100 * (factor.item() ** 7 - 1) == pytest.approx(percent, abs=0.05)
 
 
 @examples
 @given(st.integers(1, 10**6), st.integers(2, 1000), st.floats(1e-12, 0.5))
 def test_the_inflation_solves_the_bound_of_kuczynski_and_wozniakowski(dimension, steps, probability):
-    inflation = inflation(torch.tensor([float(dimension)], dtype=torch.float64), steps, probability).item()
-    t = 1 - inflation**-2
+    factor = inflation(torch.tensor([float(dimension)], dtype=torch.float64), steps, probability).item()
+    t = 1 - factor**-2
     bound = 1.648 * math.sqrt(dimension) * math.exp(-math.sqrt(t) * (2 * steps - 1))
     if math.isfinite(inflation):
         assert bound == pytest.approx(probability, rel=1e-6)

@@ -16,7 +16,7 @@ from locallip.bound.dual.elementwise import BentLine, ClippedLine
 from locallip.bound.dual.pairs import ClippedPairs
 from locallip.bound.dual.proof import proven_margin
 from locallip.bound.dual.search import search
-from locallip.bound.dual.sequential import chain_of
+from locallip.bound.dual.around import chain_around as chain_of
 from locallip.bound.dual.stage import prove_classes
 from locallip.bound.dual.start import attack, first_guess, trajectory
 from locallip.bound.dual.value import Multipliers, evaluate, gradient, through
