@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from locallip.bound.operators import LinearOperator
-from locallip.bound.tensors import ForEveryImage, per_image
+from locallip.bound.tensors import ForEveryImage, per_image, underflow_to_nan
 
 
 class Region:
@@ -58,7 +58,8 @@ class Region:
 
         radius: (N,) of the ball before it. rounding: by how much any sum can be off.
         """
-        reach = radius.view(-1, *[1] * len(operator.output_shape)) * operator.row_norms()
+        radius, rows = radius.view(-1, *[1] * len(operator.output_shape)), operator.row_norms()
+        reach = radius * rows
         stack, half = self.stack, self.half
         if half.shape[1:] == operator.input_shape:
             half = operator.absolute(half)
@@ -69,6 +70,8 @@ class Region:
             half = ForEveryImage.apply(row, half)
         if isinstance(rounding, Tensor) or rounding:  # a sum with 0 would be a pass over memory
             half, reach = half + rounding, reach + rounding
+        else:
+            reach = _unless_lost(reach, radius, rows)
         return UncutRegion(operator.affine(stack), half, reach)
 
 
@@ -140,3 +143,13 @@ class Point(Region):
 
     def behind(self, operator: LinearOperator, radius: Tensor, rounding: Tensor | float) -> Region:
         return Point(operator.affine(self.center), radius)
+
+
+def _unless_lost(reach: Tensor, radius: Tensor, rows: Tensor) -> Tensor:
+    """radius * rows, or NaN for an image where underflow has lost even the longest row's.
+
+    A box that underflow has made a point would seem to hold what cannot vary.
+    """
+    longest = rows.detach().max()
+    lost = underflow_to_nan(radius * longest, radius, longest).isnan()
+    return torch.where(lost, torch.nan, reach)
