@@ -58,7 +58,9 @@ class Region:
 
         radius: (N,) of the ball before it. rounding: by how much any sum can be off.
         """
-        reach = radius.view(-1, *[1] * len(operator.output_shape)) * operator.row_norms()
+        radius, rows = radius.view(-1, *[1] * len(operator.output_shape)), operator.row_norms()
+        reach = radius * rows
+        rounding = rounding + _underflow(reach, radius, rows) * operator.weight[0].numel()
         stack, half = self.stack, self.half
         if half.shape[1:] == operator.input_shape:
             half = operator.absolute(half)
@@ -140,3 +142,15 @@ class Point(Region):
 
     def behind(self, operator: LinearOperator, radius: Tensor, rounding: Tensor | float) -> Region:
         return Point(operator.affine(self.center), radius)
+
+
+def _underflow(product: Tensor, *factors: Tensor) -> Tensor:
+    """What a product of factors above 0 has lost at most, where it is too small a number for its dtype; else 0.
+
+    A box that underflow has made a point would seem to hold what cannot vary.
+    """
+    smallest = torch.finfo(product.dtype).tiny
+    lost = product < smallest
+    for factor in factors:
+        lost = lost & (factor > 0)
+    return lost.to(product.dtype) * smallest
