@@ -13,6 +13,7 @@ from locallip.bound.graph import Graph
 from locallip.bound.norms import Arithmetic, Norms
 from locallip.bound.operators import Position
 from locallip.bound.power_iteration import PowerIteration
+from locallip.bound.precision import own_precision
 from locallip.bound.proof import LANCZOS_STEPS, decide, prove, proven_norms, refuse_effort
 from locallip.bound.proven_norms import ProvenNorms
 from locallip.bound.stages import ProductStage
@@ -53,7 +54,7 @@ def local_lipschitz(
     Arguments and errors are those of `certify`, which also says what `certificate` means.
     """
     graph, x, norms = _prepare(model, x, certificate, failure_probability)
-    with torch.autocast(x.device.type, enabled=False):
+    with own_precision(x.device):
         bound = propagate(graph, x, epsilon, norms)
         whole = norms.whole(bound.last)
         last = norms.masked(bound.last, None, bound.last_columns, whole).upper.expand_as(bound.radius)
@@ -129,7 +130,7 @@ def certified_radius(
     graph, x, norms = _prepare(model, x, certificate, failure_probability, questions)
     if y is None:
         # Not by a call of the model, which a layer in training mode would learn from before it is refused.
-        with torch.autocast(x.device.type, enabled=False):
+        with own_precision(x.device):
             y = propagate(graph, x, 0.0, norms, box=False).logits.argmax(dim=1)
     good = x.new_zeros(len(x))
     possible = _certified(graph, x, y, good, norms, effort)

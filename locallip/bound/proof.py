@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from locallip.bound.graph import Graph
+from locallip.bound.precision import own_precision
 from locallip.bound.proven_norms import ProvenNorms
 from locallip.bound.stages import DualStage, ProductStage, Question, Stage
 
@@ -132,7 +133,7 @@ def decide(
 ) -> Proof:
     """Ask stage by stage whether images are certified, each only about those that are still open.
 
-    Nothing depends on the defaults of the process.
+    Nothing depends on the defaults of the process (but see `precision.own_precision` on a GPU).
 
     Args:
         stages: at least one, the first of which computes all that `Proof` has.
@@ -160,7 +161,7 @@ def decide(
         if not len(places):
             break
         started = time.perf_counter()
-        with torch.autocast(x.device.type, enabled=False):
+        with own_precision(x.device):
             answer = stage.ask(question, carried)
         seconds[number] = time.perf_counter() - started
         for name, column in answer.columns.items():

@@ -27,6 +27,33 @@ def default_dtype(dtype):
     return lambda: setting(torch.set_default_dtype, dtype, torch.float32)
 
 
+@contextlib.contextmanager
+def deterministic():
+    """With new memory full of NaN."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    with setting(torch.use_deterministic_algorithms, True, False):
+        assert torch.empty(1).isnan()
+        yield
+
+
+@contextlib.contextmanager
+def bfloat16_in(kind):
+    """Float32 products of this kind rounded to bfloat16 before, where the CPU can."""
+    kind.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        kind.fp32_precision = "none"
+
+
+@contextlib.contextmanager
+def medium_products():
+    """The older way to say the same, which leaves its mark on the newer settings."""
+    with setting(torch.set_float32_matmul_precision, "medium", "highest"):
+        yield
+    torch.backends.mkldnn.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
+
+
 STATES = {
     "bfloat16 by default": default_dtype(torch.bfloat16),
     "float16 by default": default_dtype(torch.float16),
@@ -36,22 +63,31 @@ STATES = {
     "inference mode": torch.inference_mode,
     "gradients": torch.enable_grad,
     "no gradients": torch.no_grad,
-    "deterministic algorithms": lambda: setting(torch.use_deterministic_algorithms, True, False),
-    "products in low precision": lambda: setting(torch.set_float32_matmul_precision, "medium", "highest"),
+    "deterministic algorithms": deterministic,
+    "products in low precision": medium_products,
+    "matrices in bfloat16": lambda: bfloat16_in(torch.backends.mkldnn.matmul),
+    "convolutions in bfloat16": lambda: bfloat16_in(torch.backends.mkldnn.conv),
     "denormals flushed": lambda: setting(torch.set_flush_denormal, True, False),
 }
 
 
 def network(kind):
     torch.manual_seed(0)
+    if kind == "wide":  # so wide that settings of products make a difference
+        layers = [nn.Flatten(), nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 10)]
+        return spread(nn.Sequential(*layers))
     if kind == "maxmin":
         layers = [nn.Conv2d(1, 4, 3, padding=1), ClampGroupSort((4, 6, 6), 0.3, -0.3)]
     else:
         layers = [Normalize([0.3], [0.5]), nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), clipped_relu(4, 6, 6)]
     layers += [nn.AvgPool2d(2), nn.Conv2d(4, 6, 2), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(24, 3)]
-    model = nn.Sequential(*layers).eval()
-    nn.init.normal_(model[-1].weight)  # so much that the ball can change every answer
-    return model
+    return spread(nn.Sequential(*layers))
+
+
+def spread(model):
+    """The model with a last layer so large that the ball can change every answer."""
+    nn.init.normal_(model[-1].weight)
+    return model.eval()
 
 
 class Case:
@@ -59,7 +95,7 @@ class Case:
 
     def __init__(self, kind):
         self.model = network(kind)
-        self.x = torch.rand(6, 1, 6, 6)
+        self.x = torch.rand(6, 1, 28, 28) if kind == "wide" else torch.rand(6, 1, 6, 6)
         with torch.no_grad():
             self.y = self.model(self.x).argmax(dim=1)
         self.double = network(kind).double(), self.x.double()
@@ -156,18 +192,64 @@ def test_the_lipschitz_constants_are_the_same(case, state, certificate):
     assert same(("lipschitz", case, certificate), question, state)["lipschitz"].isfinite().all()
 
 
-def test_the_states_are_left_as_they_were(state):
+@pytest.fixture(scope="module")
+def wide():
+    return Case("wide")
+
+
+def test_products_of_a_wide_network_are_the_same(wide, state):
+    def question():
+        proof = prove(*wide.double, wide.y, 0.15, ProvenNorms(1e-6, 1000, seed=3))
+        found = local_lipschitz(wide.model, wide.x, EPSILON, "estimate")
+        return {"margin": proof.worst_margin, "local": found.lipschitz, "global": found.global_lipschitz}
+
+    margins = same("wide", question, state)["margin"]
+    assert margins.min() < 0 < margins.max()
+
+
+def test_the_number_of_threads_changes_nothing_but_rounding(wide):
+    proofs = []
+    for threads in (1, 2):
+        with setting(torch.set_num_threads, threads, torch.get_num_threads()):
+            proofs.append(prove(*wide.double, wide.y, 0.15, ProvenNorms(1e-6, 1000, seed=3)))
+    one, two = proofs
+    for name in ("worst_margin", "hidden_lipschitz", "global_hidden_lipschitz"):
+        torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=1e-6, atol=1e-6)
+    assert torch.equal(one.stage, two.stage)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["afterwards", "after an error too"])
+def test_a_question_leaves_every_setting_as_it_was(case, state, inside):
     def of_the_process():
+        kinds = torch.backends.mkldnn, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
         return (
             torch.get_default_dtype(),
             torch.get_default_device(),
             torch.is_autocast_enabled("cpu"),
             torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
             torch.are_deterministic_algorithms_enabled(),
-            torch.get_float32_matmul_precision(),
+            [kind.fp32_precision for kind in kinds],
         )
 
     before = of_the_process()
     with state():
-        pass
+        changed = of_the_process()
+        if inside:
+            with pytest.raises(ValueError, match="epsilon"):
+                local_lipschitz(case.model, case.x, -1.0, "estimate")
+        else:
+            certify(case.model, case.x, case.y, EPSILON, effort="product")
+        assert of_the_process() == changed
     assert of_the_process() == before
+
+
+def test_what_inherits_a_setting_inherits_it_afterwards(case):
+    backends = torch.backends
+    try:
+        for precision in ("bf16", "ieee"):
+            backends.fp32_precision = precision
+            certify(case.model, case.x, case.y, EPSILON, effort="product")
+            assert [backends.mkldnn.matmul.fp32_precision, backends.mkldnn.conv.fp32_precision] == [precision] * 2
+    finally:
+        backends.fp32_precision = "none"
