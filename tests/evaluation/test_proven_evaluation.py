@@ -52,6 +52,7 @@ def test_an_evaluation_proves_by_default_and_says_what(evaluate, tmp_path):
     assert stages[-1] == "dual"
     decided_by = [row["decided_by"] for row in read_csv(tmp_path / "images.csv")]
     assert len(decided_by) == 12
+    assert sum(summary["decided_by"].values()) == 12
     assert set(decided_by) <= {*stages, "misclassified", "attack", "open"}
     assert sum(name in stages for name in decided_by) == summary["accuracy"]["certified"]["count"]
     accuracy = {name: summary["accuracy"][name]["count"] for name in ("certified", "pgd", "clean")}
