@@ -97,14 +97,14 @@ FEW_DIGITS = """
 import sys
 sys.path.insert(0, {root!r})
 from datetime import timedelta
-import train_mnist, training, utils
+import train_mnist, utils
 import locallip.files
 from locallip import distributed
 
 distributed._MEETING = timedelta(seconds={seconds})
 distributed._SECONDS_FOR_TORCHRUN = locallip.files._SECONDS_FOR_RANK_0 = 0
-load_data = training.load_data
-training.load_data = lambda data, data_dir, train: load_data(data, data_dir, train)[: 66 if train else 21]
+load_data = utils.load_data
+utils.load_data = lambda data, data_dir, train: load_data(data, data_dir, train)[: 66 if train else 21]
 utils.run_script(train_mnist.main)
 """
 
