@@ -90,9 +90,10 @@ def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[
     Raises:
         InputError: if one of them is missing, damaged or does not fit.
     """
-    device = distributed.select_device(args.device)
-    path = find_checkpoint(args.saved_model)
-    checkpoint = utils.load_checkpoint(path)
+    with distributed.all_or_none():
+        device = distributed.select_device(args.device)
+        path = find_checkpoint(args.saved_model)
+        checkpoint = utils.load_checkpoint(path)
     trained = checkpoint.get("arguments")
     trained = trained if isinstance(trained, dict) else {}
     for name, kind, otherwise in (("data", str, "mnist"), ("model", str, "relux"), ("width", int | float, 1.0)):
@@ -134,7 +135,11 @@ def _evaluate_checkpoint(args: argparse.Namespace) -> dict[str, Outcome]:
     both = args.certificate == "both"
     kinds = ["proven", "estimate"] if both else [args.certificate]
     folders = [Path(args.out) / kind if both else Path(args.out) for kind in kinds if args.out]
-    run = distributed.share(_begin(args, path, images, folders) if distributed.is_main() else None)
+    run = None
+    with distributed.all_or_none():
+        if distributed.is_main():
+            run = _begin(args, path, images, folders)
+    run = distributed.share(run)
     unfinished = Unfinished(Path(args.out), run, distributed.share(time.time_ns())) if args.out else None
     started = time.perf_counter()
 
@@ -146,18 +151,18 @@ def _evaluate_checkpoint(args: argparse.Namespace) -> dict[str, Outcome]:
         for kind in kinds
     ]
     found = evaluate(model, images, args, certificates, unfinished)
-    if distributed.is_main():
-        seconds = unfinished.seconds() if unfinished else time.perf_counter() - started
-        begun_with = argparse.Namespace(**run["arguments"])
-        for number, (part, certificate) in enumerate(zip(found, certificates)):
-            how = certificate.describe(part.counts)
-            summary = summarize(part.outcome, begun_with, path, checkpoint.get("arguments"), how, seconds)
-            print(as_text(summary))
-            if args.out:
-                for written in report.write(folders[number], part.outcome, summary):
-                    print(written)
-    distributed.gather(None)  # the report is written
-    if unfinished:
+    with distributed.all_or_none():
+        if distributed.is_main():
+            seconds = unfinished.seconds() if unfinished else time.perf_counter() - started
+            begun_with = argparse.Namespace(**run["arguments"])
+            for number, (part, certificate) in enumerate(zip(found, certificates)):
+                how = certificate.describe(part.counts)
+                summary = summarize(part.outcome, begun_with, path, checkpoint.get("arguments"), how, seconds)
+                print(as_text(summary))
+                if args.out:
+                    for written in report.write(folders[number], part.outcome, summary):
+                        print(written)
+    if unfinished:  # the report is written, by whichever process
         unfinished.discard()
     return {kind: part.outcome for kind, part in zip(kinds, found)} if distributed.is_main() else {}
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import evaluate
 import utils
 from local_bound import propagate, prove
-from locallip import flags
+from locallip import distributed, flags
 from locallip.bound.proof import LANCZOS_STEPS, proven_norms
 from locallip.evaluation import pictures
 from locallip.evaluation.attacks import attack_labels, attack_slopes
@@ -34,6 +34,7 @@ def main() -> None:
     flag("--out", type=flags.path, help="folder for the CSV row per image and the picture of bounds and slopes")
     flag("--overwrite", action="store_true", help="replace a report that --out has already")
     args = parser.parse_args()
+    distributed.refuse_several()
     model, images, _, _ = evaluate.load(args)
     if args.epsilon == 0:
         raise utils.InputError("there is nothing to attack at --epsilon 0")

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import utils
 from local_bound import propagate, prove
-from locallip import flags
+from locallip import distributed, flags
 from locallip.bound.power_iteration import PowerIteration
 from locallip.bound.proof import proven_norms
 from locallip.bound.worst_case import worst_logits, worst_margin
@@ -65,6 +65,7 @@ def main() -> None:
     flag("--json", type=flags.path, help="file for the figures")
     flag("--overwrite", action="store_true", help="replace the file that --json names")
     args = parser.parse_args()
+    distributed.refuse_several()
     if args.json:
         refuse_existing(Path(args.json), args.overwrite)
     model, images, _, _ = evaluate.load(args)

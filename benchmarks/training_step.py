@@ -33,7 +33,7 @@ import utils
 from benchmarks.certification import refuse_existing, timed
 from data_load import DATA_SETS
 from local_bound import propagate, prove
-from locallip import devices, flags
+from locallip import devices, distributed, flags
 from locallip.bound.fused import compile_activations
 from locallip.bound.power_iteration import PowerIteration
 from locallip.bound.proof import proven_norms
@@ -217,6 +217,7 @@ def main() -> None:
     flag("--json", type=flags.path, default="results/bench/training_step.json", help="file for the figures")
     flag("--overwrite", action="store_true", help="replace the file that --json names")
     options = parser.parse_args()
+    distributed.refuse_several()
     path = Path(options.json)
     refuse_existing(path, options.overwrite)
     device = devices.select_device(options.device)

@@ -24,14 +24,13 @@ def test_but_for_the_singular_vectors_a_resumed_run_is_the_uninterrupted_one(run
     straight = runs.train(name="straight")
     kept, make = [], training_run._Run._make_room
     monkeypatch.setattr(training_run, "RESUME_ITERATIONS", 1)
-    monkeypatch.setattr(
-        training_run._Run, "_make_room", lambda run, layout: kept[0] if kept else keep(make(run, layout))
-    )
 
-    def keep(vectors):
-        kept.append(vectors)
-        return vectors
+    def make_once(run, layout):
+        if not kept:
+            kept.append(make(run, layout))
+        return kept[0]
 
+    monkeypatch.setattr(training_run._Run, "_make_room", make_once)
     resumed = runs.train_in_two_parts(name="resumed")
     assert without_seconds(resumed.log) == without_seconds(straight.log)
 

@@ -201,7 +201,7 @@ def test_training_rounds_where_asked_to_and_validation_never_does(runs, monkeypa
 
     def look(model, x, epsilon, norms, **options):
         if isinstance(epsilon, float) and x.shape[0] > 1:
-            seen.append((model.training, norms.factors))
+            seen.append((model.training, norms.arithmetic.factors))
 
     watch_bounds(monkeypatch, look)
     runs.train(*flags)
