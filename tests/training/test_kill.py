@@ -1,6 +1,7 @@
 """Runs that are killed with -9: at most an epoch is lost, and what the three files say is one thing."""
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,36 +9,59 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, losses, read_csv, spawn
+from conftest import ROOT, RUN, losses, read_csv, spawn
 
 from locallip import checkpoints
 from locallip.files import InputError
 from locallip.training.files import RunFiles, best_epoch
 
-# Trains on the few digits of the fixture; ends itself when it is about to rename for the Nth time, or just behind that.
+# Trains on the few digits of the fixture.
 TRAIN_FEW = """
 import os, signal, sys
 import train_mnist, utils
 
-moment, number = sys.argv.pop(1), int(sys.argv.pop(1))
-replace, load_data, renamed = os.replace, utils.load_data, 0
-
-def replace_and_die(*paths):
-    global renamed
-    renamed += 1
-    if renamed == number and moment == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(*paths)
-    if renamed == number and moment == "behind":
-        os.kill(os.getpid(), signal.SIGKILL)
-
-os.replace = replace_and_die
+load_data = utils.load_data
 utils.load_data = lambda data, data_dir, train: load_data(data, data_dir, train)[: 128 if train else 64]
-utils.run_script(train_mnist.main)
 """
-NEVER = ["behind", 0]
+# The same once for each of these numbers, in a folder of that name: it is killed instead of writing its Nth file.
+DIE_AT_WRITES = """
+def train_and_die(write):
+    replace, written = os.replace, []
+
+    def replace_or_die(*paths):
+        written.append(paths)
+        if len(written) == write:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*paths)
+
+    os.replace = replace_or_die
+    sys.argv += ["--output_dir", str(write)]
+    train_mnist.main()
+    os._exit(0)
+
+folder, writes = sys.argv.pop(1), sys.argv.pop(1)
+os.chdir(folder)
+for write in map(int, writes.split(",")):
+    child = os.fork() or train_and_die(write)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+"""
 # At this radius the error falls in the second epoch too.
-EASY = ["--epsilon_train", 0.001, "--epsilon", 0.001, "--batch_size", 8, "--lr_scheduler", "constant", "--sniter", 1]
+EASY = [
+    "--epochs",
+    2,
+    "--rampup",
+    0,
+    "--epsilon_train",
+    0.001,
+    "--epsilon",
+    0.001,
+    "--batch_size",
+    8,
+    "--lr_scheduler",
+    "constant",
+    "--sniter",
+    1,
+]
 
 
 def assert_consistent(files, epochs):
@@ -56,61 +80,57 @@ def assert_consistent(files, epochs):
         assert all(torch.equal(best["state_dict"][name], w) for name, w in checkpoint["state_dict"].items())
 
 
-@pytest.fixture
-def flags(runs, monkeypatch):
-    """Of a run whose error falls in each of its two epochs, so that every epoch has three writes."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return [*runs.flags(), "--epochs", 2, "--rampup", 0, *EASY]
-
-
-@pytest.fixture
-def whole(runs, flags):
-    """The log of that run where nothing stops it."""
-    log = runs.train(*flags[len(runs.flags()) :], name="whole").log
-    errors = [float(row["validation_certified_error"]) for row in read_csv(log)]
-    assert errors[1] < errors[0]
-    return log
+def kill_at_writes(folder, writes, *flags):
+    """Leaves in folder/N what a run does that is killed instead of writing its Nth file, for each of these N."""
+    numbers = ",".join(map(str, writes))
+    answer = spawn(
+        "-c", TRAIN_FEW + DIE_AT_WRITES, folder, numbers, *RUN, "--prefix", "tiny", *EASY, *flags, OMP_NUM_THREADS="1"
+    )
+    assert answer.code == 0, answer.err
 
 
 # Six writes: checkpoint, best and log of the first epoch, then of the second.
-@pytest.mark.parametrize("moment", ["before", "behind"])
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("killed")
+    kill_at_writes(folder, range(1, 7))
+    return folder
+
+
 @pytest.mark.parametrize("write", range(1, 7))
-def test_killed_around_a_write_and_resumed_a_run_is_consistent_and_lost_an_epoch_at_most(
-    runs, flags, whole, moment, write
-):
-    files = runs.files()
-    assert spawn("-c", TRAIN_FEW, moment, write, *flags).code == -signal.SIGKILL
-    written = write - (moment == "before")
-    saved = (written > 0) + (written > 3)  # epochs whose checkpoint is there
-    if not saved:
-        assert not files.checkpoint.exists()
-        return
-    answer = spawn("-c", TRAIN_FEW, *NEVER, *flags, "--resume")
-    assert answer.code == 0, answer.err
-    assert f"resuming after epoch {saved} of 2" in answer.out
-    assert_consistent(files, 2)
-    assert losses(files.log)[:saved] == losses(whole)[:saved]
+def test_a_run_killed_before_a_write_lost_an_epoch_at_most_and_is_consistent_when_resumed(runs, capsys, killed, write):
+    whole = runs.train(*EASY)
+    errors = [float(row["validation_certified_error"]) for row in read_csv(whole.log)]
+    assert errors[1] < errors[0], "the second epoch has to be the best for it to have three writes"
+    shutil.copytree(killed / str(write), runs.folder / "killed")
+    files, saved = runs.files("killed"), (write > 1) + (write > 4)  # epochs whose checkpoint is there
+    assert files.checkpoint.exists() == (saved > 0)
+    if saved:
+        runs.train(*EASY, "--resume", name="killed")
+        assert f"resuming after epoch {saved} of 2" in capsys.readouterr().out
+        assert_consistent(files, 2)
+        assert losses(files.log)[:saved] == losses(whole.log)[:saved]
 
 
-@pytest.mark.parametrize("write", [1, 2])
-def test_a_run_that_replaces_another_and_is_killed_does_not_go_on_with_its_files(runs, flags, write):
-    # The other has a better epoch and more of them, none of which may stay.
-    assert spawn("-c", TRAIN_FEW, *NEVER, *flags).code == 0
+def test_a_run_that_replaces_another_and_is_killed_does_not_go_on_with_its_files(runs):
+    other = ["--seed", 1, "--lr", 1e-6]  # learns nothing, so that the files that are there look better than its own
+    runs.train(*EASY)
     before = runs.contents()
-    again = [*flags, "--seed", 1, "--lr", 1e-6]
-    assert spawn("-c", TRAIN_FEW, "behind", write, *again, "--overwrite").code == -signal.SIGKILL
-    assert runs.contents()["tiny_checkpoint.pth"] != before["tiny_checkpoint.pth"]
-    assert runs.contents()["tiny_epochs.csv"] == before["tiny_epochs.csv"]
-    assert spawn("-c", TRAIN_FEW, *NEVER, *again, "--resume").code == 0
-    files = runs.files()
-    assert_consistent(files, 2)
-    assert checkpoints.load_checkpoint(files.best)["arguments"]["seed"] == 1
+    for write in (2, 3):
+        shutil.copytree(runs.folder / "run", runs.folder / str(write))
+    kill_at_writes(runs.folder, (2, 3), *other, "--overwrite")
+    for name in ("2", "3"):
+        assert runs.contents(name)["tiny_checkpoint.pth"] != before["tiny_checkpoint.pth"]
+        assert runs.contents(name)["tiny_epochs.csv"] == before["tiny_epochs.csv"]
+        runs.train(*EASY, *other, "--resume", name=name)
+        assert_consistent(runs.files(name), 2)
+        assert checkpoints.load_checkpoint(runs.files(name).best)["arguments"]["seed"] == 1
 
 
 def kill_at_random(rng, flags, log):
     """Start a run, kill it with -9 some time behind its next epoch; returns whether it was still running."""
     before = log.stat().st_mtime_ns if log.exists() else None
-    command = [sys.executable, "-c", TRAIN_FEW, *NEVER, *flags]
+    command = [sys.executable, "-c", TRAIN_FEW + "train_mnist.main()", *flags]
     with subprocess.Popen(
         [str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as running:
@@ -124,29 +144,30 @@ def kill_at_random(rng, flags, log):
     return running.returncode == -signal.SIGKILL
 
 
-def test_killed_at_random_moments_a_run_is_consistent_whenever_it_is_resumed(runs, flags):
-    rng, files, epochs = random.Random(0), runs.files(), 12
-    flags, reached = [*flags, "--epochs", epochs], 0
-    for start in range(4):
-        kill_at_random(rng, [*flags, *(["--resume"] if start else [])], files.log)
+def test_killed_at_random_moments_a_run_is_consistent_whenever_it_is_resumed(runs, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    rng, files, epochs, reached = random.Random(0), runs.files(), 12, 0
+    flags = [*EASY, "--epochs", epochs]
+    for start in range(3):
+        kill_at_random(rng, [*runs.flags(), *flags, *(["--resume"] if start else [])], files.log)
         epoch = checkpoints.load_checkpoint(files.checkpoint)["epoch"]
+        assert epoch > 0
         assert epoch >= reached
         reached = epoch
-    assert reached > 0
-    assert spawn("-c", TRAIN_FEW, *NEVER, *flags, "--resume").code == 0
+    runs.train(*flags, "--resume")
     assert_consistent(files, epochs)
 
 
-def test_a_finished_run_whose_best_and_log_are_gone_or_damaged_has_them_again(runs, flags):
-    assert spawn("-c", TRAIN_FEW, *NEVER, *flags).code == 0
-    files, contents = runs.files(), runs.contents()
+def test_a_finished_run_whose_best_and_log_are_gone_or_damaged_has_them_again(runs):
+    files = runs.train(*EASY)
+    best = files.best.read_bytes()
     files.best.unlink()
     files.log.write_text("epoch\n")
-    assert spawn("-c", TRAIN_FEW, *NEVER, *flags, "--resume").code == 0
+    runs.train(*EASY, "--resume")
     assert_consistent(files, 2)
-    files.best.write_bytes(contents["tiny_best.pth"][:1000])
+    files.best.write_bytes(best[:1000])
     files.log.unlink()
-    assert spawn("-c", TRAIN_FEW, *NEVER, *flags, "--resume").code == 0
+    runs.train(*EASY, "--resume")
     assert_consistent(files, 2)
 
 
@@ -189,11 +210,11 @@ def test_what_is_good_is_not_written_again(tmp_path):
 
 
 @pytest.mark.parametrize("rows", [[], [{}], [{"epoch": 1}], [1], None, [{"epoch": 1}, {"loss": 2}]], ids=str)
-def test_resume_refuses_a_checkpoint_whose_rows_are_no_log(runs, flags, rows):
-    runs.train(*flags[len(runs.flags()) :])
+def test_resume_refuses_a_checkpoint_whose_rows_are_no_log(runs, rows):
+    runs.train(*EASY)
     path = runs.files().checkpoint
     checkpoints.save_checkpoint(path, checkpoints.load_checkpoint(path) | {"rows": rows})
     before = runs.contents()
     with pytest.raises(InputError, match="cannot be resumed"):
-        runs.train(*flags[len(runs.flags()) :], "--resume")
+        runs.train(*EASY, "--resume")
     assert runs.contents() == before
