@@ -94,7 +94,9 @@ def evaluation(certificate):
     images, model = first_digits(60), network("bcp").float().eval().requires_grad_(False)
     args = argparse.Namespace(epsilon=0.0016, clip=False, out=None, test_batch_size=7, seed=0, deployed="exact")
     args.test_sniter, args.test_opt_iter, args.failure_probability, args.certificate_seed = 60, 10, 1e-6, 5
-    method = evaluate.Proven(model, args, 60, 5) if certificate == "proven" else evaluate.Estimate(model, args)
+    args.effort = "product"
+    first = images[:1].images / 255
+    method = evaluate.Proven(model, args, first, 60, 5) if certificate == "proven" else evaluate.Estimate(model, args)
     (found,) = evaluate.evaluate(model, images, args, [method])
     return {"outcome": found.outcome, "description": method.describe(found.counts)}
 
