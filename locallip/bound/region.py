@@ -60,7 +60,8 @@ class Region:
         """
         radius, rows = radius.view(-1, *[1] * len(operator.output_shape)), operator.row_norms()
         reach = radius * rows
-        rounding = rounding + _underflow(reach, radius, rows) * operator.weight[0].numel()
+        if not torch.is_grad_enabled():  # what trains certifies nothing, and need not pay for it
+            rounding = rounding + _underflow(reach, radius, rows) * operator.weight[0].numel()
         stack, half = self.stack, self.half
         if half.shape[1:] == operator.input_shape:
             half = operator.absolute(half)
