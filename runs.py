@@ -157,7 +157,7 @@ class Run:
 
 
 RUNS = (
-    # The 4C3F nets start with thresholds at 1: the authors' did, since their code ignored --init (README, deviation 7).
+    # The 4C3F nets start with thresholds at 1, as the authors did: their code ignored --init (docs/deviations.md, 7).
     Run(
         "mnist-4c3f",
         "mnist",

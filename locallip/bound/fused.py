@@ -265,14 +265,17 @@ class _ThroughActivation(torch.autograd.Function):
         _save(ctx, (stack, half, reach), low, high, pairs)
         stack, half, varying = _pass("forward", len(half))(stack, half, reach, low, high, pairs)
         ctx.mark_non_differentiable(varying)
+        ctx.set_materialize_grads(False)
         return stack, half, varying
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_stack, grad_half, _):  # noqa: ANN001, ANN205
         (stack, half, reach), low, high = _saved(ctx)
+        grad_stack = half.new_zeros(2, *half.shape) if grad_stack is None else grad_stack.contiguous()
+        grad_half = torch.zeros_like(half) if grad_half is None else grad_half.contiguous()
         *grads, grad_low, grad_high = _pass("backward", len(half))(
-            grad_stack.contiguous(), grad_half.contiguous(), stack, half, reach, low, high, ctx.pairs
+            grad_stack, grad_half, stack, half, reach, low, high, ctx.pairs
         )
         return *grads, _sum_to(grad_low, low), _sum_to(grad_high, high), None
 

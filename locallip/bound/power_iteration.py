@@ -9,7 +9,7 @@ from torch import Tensor
 
 from locallip.bound.norms import Arithmetic, Bracket
 from locallip.bound.operators import LinearOperator, Position
-from locallip.bound.tensors import eliminating, entries, per_image, underflow_to_nan, unit
+from locallip.bound.tensors import eliminating, entries, lengths, per_image, reciprocal, underflow_to_nan, unit
 
 
 class PowerIteration:
@@ -132,7 +132,7 @@ class PowerIteration:
                 for _ in range(self.iterations):
                     v = forward(u)
                     u, length = unit(backward(v))
-                v, length_before = unit(v)
+                shrink = reciprocal(length_before := lengths(v))
                 norm = torch.where(length_before == 0, 0, length / length_before)
                 kept = _kept(u, start)
             else:
@@ -141,24 +141,29 @@ class PowerIteration:
                     u, _ = unit(backward(v))
                     v = forward(u)
                 v, norm = unit(v)
+                shrink = torch.ones_like(norm)
                 kept = _kept(v, start)
             norm = underflow_to_nan(norm * operator.scale, norm)
-        return _SingularValue.apply(operator.weight, operator, u, v, norm), kept
+        return _SingularValue.apply(operator.weight, operator, u, v, shrink, norm), kept
 
 
 class _SingularValue(torch.autograd.Function):
-    """sigma = v . (W u) for every image, known already, as a function of W; u and v are held fixed."""
+    """sigma = shrink * v . (W u) for every image, known already, as a function of W; the rest is held fixed."""
 
     @staticmethod
-    def forward(ctx, weight, operator, u, v, sigma):  # noqa: ANN001, ANN205
+    def forward(ctx, weight, operator, u, v, shrink, sigma):  # noqa: ANN001, ANN205
         ctx.operator = operator
-        ctx.save_for_backward(u, v)
+        ctx.save_for_backward(u, v, shrink)
         return sigma
 
     @staticmethod
     def backward(ctx, grad):  # noqa: ANN001, ANN205
-        u, v = ctx.saved_tensors
-        return ctx.operator.weight_gradient(u, v * per_image(grad, v)), None, None, None, None
+        u, v, shrink = ctx.saved_tensors
+        if u[0].numel() < v[0].numel():
+            u = u * per_image(grad * shrink, u)
+        else:
+            v = v * per_image(grad * shrink, v)
+        return ctx.operator.weight_gradient(u, v), *[None] * 5
 
 
 def _switch_off(x: Tensor, mask: Tensor | None) -> Tensor:

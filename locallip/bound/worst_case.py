@@ -49,12 +49,14 @@ _ROUNDS_PER_LOOK = {"cpu": 1, "cuda": 16}
 def _pinned(direction: Tensor, face: Tensor, radius: Tensor, rounds: int) -> Tensor:
     """Which entries (N, K, H) end up on a face when the longest step along `direction` is pushed back into the box."""
     pinned = torch.zeros_like(direction, dtype=torch.bool)
+    length, depth = direction.abs(), face.abs()
+    length_squared, depth_squared = direction.square(), face.square()
     rounds_per_look = _ROUNDS_PER_LOOK.get(direction.device.type, 1)
     for number in range(1, rounds + 1):
-        radius_left = radius**2 - torch.where(pinned, face, 0).square().sum(dim=2, keepdim=True)
-        free = torch.where(pinned, 0, direction).square().sum(dim=2, keepdim=True)
+        radius_left = radius**2 - torch.where(pinned, depth_squared, 0).sum(dim=2, keepdim=True)
+        free = torch.where(pinned, 0, length_squared).sum(dim=2, keepdim=True)
         scale = radius_left.clamp(min=0).sqrt() / free.sqrt()  # (N, K, 1); infinite or NaN once nothing is free
-        leaves = (direction * scale).abs() > face.abs()
+        leaves = length * scale > depth
         if number % rounds_per_look == 0 and not (leaves & ~pinned).any():
             break
         pinned |= leaves

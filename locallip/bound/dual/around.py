@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from locallip.bound.bound import Bound, HiddenLayer
 from locallip.bound.dual.chain import Chain, Hidden
 from locallip.bound.dual.elementwise import ClippedLine
 from locallip.bound.norms import Norms
+from locallip.bound.proven_norms import ProvenNorms
+from locallip.bound.walk import propagate
 
 
 def chain_of(
@@ -43,3 +46,26 @@ def _hidden(layer: HiddenLayer, norms: Norms, masks: bool) -> Hidden | None:
         rows = None if activation.pairs else columns
     absolute = norms.absolute(layer.operator)
     return Hidden.around(layer.operator, activation, layer.region.center, layer.norm, absolute, rows, columns, box)
+
+
+@torch.no_grad()
+def chain_around(
+    model: nn.Module,
+    x: Tensor,
+    epsilon: float | Tensor,
+    norms: ProvenNorms,
+    clip: tuple[float, float] | None = None,
+) -> Chain:
+    """The chain of a network in float64 around images x: arguments are those of `propagate`.
+
+    Where the norms answer masked norms with the whole ones (`steps` is 0), masks are left out.
+
+    Raises:
+        TypeError: where the dual does not know an activation or the order of layers.
+    """
+    epsilon = torch.as_tensor(epsilon, dtype=x.dtype, device=x.device).expand(len(x))
+    bound = propagate(model, x, epsilon, norms, clip, keep_layers=True)
+    chain = chain_of(bound, x, epsilon, norms, clip, masks=norms.steps > 0)
+    if chain is None:
+        raise TypeError("the network is no chain of linear layers with one activation behind each that the dual knows")
+    return chain

@@ -95,9 +95,11 @@ class _Descent:
         self.multipliers = first_guess(chain, slope, step)
         parts = [*self.multipliers.g, self.multipliers.delta, *self.multipliers.c]
         rates = [_RATES["g"]] * len(self.multipliers.g) + [None] + [_RATES["c"]] * len(self.multipliers.c)
+        # Where the attack found nothing, in units of what it might have found.
+        sizes = [slope.norm(dim=1)] * len(self.multipliers.g) + [None] + [chain.epsilon] * len(self.multipliers.c)
         self._rates = [
-            torch.full_like(slope[:, 0], _RATES["delta"]) if rate is None else rate * _root_mean_square(part)
-            for part, rate in zip(parts, rates)
+            torch.full_like(slope[:, 0], _RATES["delta"]) if rate is None else rate * _typical(part, size)
+            for part, rate, size in zip(parts, rates, sizes)
         ]
         self._moments = [(torch.zeros_like(part), torch.zeros_like(part)) for part in parts]
 
@@ -147,10 +149,11 @@ def _in_order(kept: list[tuple[Tensor, Multipliers]]) -> Multipliers:
     return Multipliers(g, joined([part.delta for part in parts]), c)
 
 
-def _root_mean_square(x: Tensor) -> Tensor:
-    """Over the entries that are not 0: (P,)."""
+def _typical(x: Tensor, otherwise: Tensor) -> Tensor:
+    """Root mean square of the entries that are not 0, or what it is for a vector of length `otherwise`: (P,)."""
     x = x.flatten(1)
-    return x.norm(dim=1) / (x != 0).sum(dim=1).clamp(min=1).to(x.dtype).sqrt()
+    mean = x.norm(dim=1) / (x != 0).sum(dim=1).clamp(min=1).to(x.dtype).sqrt()
+    return torch.where(mean > 0, mean, otherwise / x.shape[1] ** 0.5)
 
 
 def _like(values: Tensor, like: Tensor) -> Tensor:

@@ -47,9 +47,20 @@ def attack(chain: Chain, slope: Tensor, iterations: int) -> tuple[Tensor, Tensor
         if number == iterations:
             return best, most
         _, grad = backward(chain, slope, steps, step)
+        stuck = _norm(grad) == 0
+        if stuck.any():
+            grad = torch.where(_like(stuck, grad), _linear_gradient(chain, slope, step), grad)
         length = 2 * chain.epsilon * (1 - number / iterations) ** 1.5
         step = _inside(chain, step + grad * _like(length / _norm(grad).clamp(min=1e-30), grad))
     return best, most
+
+
+def _linear_gradient(chain: Chain, slope: Tensor, inputs: Tensor) -> Tensor:
+    """The gradient that would be if activations did nothing: a way off a plateau."""
+    grad = slope
+    for layer in reversed(chain.hidden):
+        grad = layer.operator.adjoint(grad.reshape(-1, *layer.operator.output_shape))
+    return grad.reshape(inputs.shape)
 
 
 def _inside(chain: Chain, step: Tensor) -> Tensor:
