@@ -11,18 +11,18 @@ import torch
 from torch import nn
 
 from local_bound import propagate
+from locallip.bound.dual.around import chain_around as chain_of
 from locallip.bound.dual.chain import Chain, Hidden, single
 from locallip.bound.dual.elementwise import BentLine, ClippedLine
 from locallip.bound.dual.pairs import ClippedPairs
 from locallip.bound.dual.proof import proven_margin
 from locallip.bound.dual.search import search
-from locallip.bound.dual.around import chain_around as chain_of
 from locallip.bound.dual.stage import prove_classes
 from locallip.bound.dual.start import attack, first_guess, trajectory
 from locallip.bound.dual.value import Multipliers, evaluate, gradient, through
-from proven_norm import ProvenNorms
-from spectral_norm import Dense
-from utils import ClampGroupSort, ReLU_x
+from locallip.bound.layers import ClampGroupSort, ReLU_x
+from locallip.bound.operators import Dense
+from locallip.bound.proven_norms import ProvenNorms
 
 IMAGES, CLASSES = 4, 5
 KINDS = ("relux", "relu", "maxmin", "mixture", "leaky")
