@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-import distributed
 import utils
-from data_load import DATA_SETS, ImageSet, count_classes, load_data
+from data_load import DATA_SETS, count_classes, load_data
+from locallip import distributed, flags
 from locallip.bound.proof import EFFORTS
 from locallip.bound.proven_norms import DEPLOYED
 from locallip.evaluation import report
@@ -27,31 +27,32 @@ from locallip.evaluation.outcome import Outcome
 from locallip.evaluation.plan import Plan
 from locallip.evaluation.summary import as_text, summarize, versions
 from locallip.evaluation.unfinished import Unfinished, begin, images_sha256, source_sha256
-from utils import InputError
+from locallip.files import InputError
+from locallip.images import ImageSet
 
 
 def arguments(defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
     """The command line; `defaults` go before those of the flags."""
-    parser = utils.ArgumentParser(__doc__)
+    parser = flags.ArgumentParser(__doc__)
     add_model_flags(parser)
     flag = parser.add_argument
     certificate = "upper bounds on all norms, the published protocol, whose norms are estimates from below, or both"
     flag("--certificate", choices=["proven", "estimate", "both"], default="proven", help=certificate)
     seed = "of the random start vectors of a proven certificate; default: from the operating system"
-    flag("--certificate_seed", type=utils.natural_int, help=seed)
+    flag("--certificate_seed", type=flags.natural_int, help=seed)
     deployed = "what a proven certificate is for: the exact function, or what the network computes in float32"
     flag("--deployed", choices=list(DEPLOYED), default="exact", help=deployed)
     effort = "how far a proof goes: to the product of norms, or on to the centred dual, which certifies more"
     flag("--effort", choices=EFFORTS, default="dual", help=effort)
     flag("--clip", action="store_true", help="certify against valid images only, with pixels in [0, 1]")
-    flag("--test_sniter", type=utils.positive_int, default=2000, help="power iterations per norm of an estimate")
-    flag("--test_opt_iter", type=utils.positive_int, default=1000, help="rounds of pinning of an estimate")
+    flag("--test_sniter", type=flags.positive_int, default=2000, help="power iterations per norm of an estimate")
+    flag("--test_opt_iter", type=flags.positive_int, default=1000, help="rounds of pinning of an estimate")
     curve = "test images, the first so many in whole batches, that the curves over the radius are made of"
-    flag("--curve_images", type=utils.positive_int, default=1000, help=curve)
+    flag("--curve_images", type=flags.positive_int, default=1000, help=curve)
     out = (
         "folder for the report: a CSV row per image, summary.json and pictures; below it, proven/ and estimate/ of both"
     )
-    flag("--out", type=utils.path, help=out)
+    flag("--out", type=flags.path, help=out)
     resume = "go on with the evaluation that was stopped before it could write its report to --out"
     flag("--resume", action="store_true", help=resume)
     flag("--overwrite", action="store_true", help="replace a report, or an unfinished one, that --out has already")
@@ -73,12 +74,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(data=None, model=None, width=None)
     flag = parser.add_argument
     saved = "checkpoint file, or the prefix of one (PREFIX_best.pth)"
-    flag("--saved_model", type=utils.path, required=True, help=saved)
+    flag("--saved_model", type=flags.path, required=True, help=saved)
     epsilon = "L2 radius in pixel space (pixels in [0, 1]); default: the paper's for the data set"
-    flag("--epsilon", type=utils.natural_float, help=epsilon)
-    flag("--images", type=utils.positive_int, help="only the first so many test images; default: all")
+    flag("--epsilon", type=flags.natural_float, help=epsilon)
+    flag("--images", type=flags.positive_int, help="only the first so many test images; default: all")
     probability = "of a proven certificate: that any norm of the whole run is too small"
-    flag("--failure_probability", type=utils.probability, default=1e-6, help=probability)
+    flag("--failure_probability", type=flags.probability, default=1e-6, help=probability)
 
 
 def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[str, Any]]:
@@ -89,9 +90,10 @@ def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[
     Raises:
         InputError: if one of them is missing, damaged or does not fit.
     """
-    device = distributed.select_device(args.device)
-    path = find_checkpoint(args.saved_model)
-    checkpoint = utils.load_checkpoint(path)
+    with distributed.all_or_none():
+        device = distributed.select_device(args.device)
+        path = find_checkpoint(args.saved_model)
+        checkpoint = utils.load_checkpoint(path)
     trained = checkpoint.get("arguments")
     trained = trained if isinstance(trained, dict) else {}
     for name, kind, otherwise in (("data", str, "mnist"), ("model", str, "relux"), ("width", int | float, 1.0)):
@@ -133,7 +135,11 @@ def _evaluate_checkpoint(args: argparse.Namespace) -> dict[str, Outcome]:
     both = args.certificate == "both"
     kinds = ["proven", "estimate"] if both else [args.certificate]
     folders = [Path(args.out) / kind if both else Path(args.out) for kind in kinds if args.out]
-    run = distributed.share(_begin(args, path, images, folders) if distributed.is_main() else None)
+    run = None
+    with distributed.all_or_none():
+        if distributed.is_main():
+            run = _begin(args, path, images, folders)
+    run = distributed.share(run)
     unfinished = Unfinished(Path(args.out), run, distributed.share(time.time_ns())) if args.out else None
     started = time.perf_counter()
 
@@ -145,27 +151,27 @@ def _evaluate_checkpoint(args: argparse.Namespace) -> dict[str, Outcome]:
         for kind in kinds
     ]
     found = evaluate(model, images, args, certificates, unfinished)
-    if distributed.is_main():
-        seconds = unfinished.seconds() if unfinished else time.perf_counter() - started
-        begun_with = argparse.Namespace(**run["arguments"])
-        for number, (part, certificate) in enumerate(zip(found, certificates)):
-            how = certificate.describe(part.counts)
-            summary = summarize(part.outcome, begun_with, path, checkpoint.get("arguments"), how, seconds)
-            print(as_text(summary))
-            if args.out:
-                for written in report.write(folders[number], part.outcome, summary):
-                    print(written)
-    distributed.gather(None)  # the report is written
-    if unfinished:
+    with distributed.all_or_none():
+        if distributed.is_main():
+            seconds = unfinished.seconds() if unfinished else time.perf_counter() - started
+            begun_with = argparse.Namespace(**run["arguments"])
+            for number, (part, certificate) in enumerate(zip(found, certificates)):
+                how = certificate.describe(part.counts)
+                summary = summarize(part.outcome, begun_with, path, checkpoint.get("arguments"), how, seconds)
+                print(as_text(summary))
+                if args.out:
+                    for written in report.write(folders[number], part.outcome, summary):
+                        print(written)
+    if unfinished:  # the report is written, by whichever process
         unfinished.discard()
     return {kind: part.outcome for kind, part in zip(kinds, found)} if distributed.is_main() else {}
 
 
 def _begin(args: argparse.Namespace, checkpoint: Path, images: ImageSet, folders: list[Path]) -> dict[str, Any]:
     """The run: all that its findings depend on. An earlier one where --resume goes on with it."""
-    flags = {name: value for name, value in vars(args).items() if name != "resume"}
+    asked = {name: value for name, value in vars(args).items() if name != "resume"}
     run = {
-        "arguments": flags,
+        "arguments": asked,
         "seed": secrets.randbits(128) if args.certificate_seed is None else args.certificate_seed,
         "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
         "images": images_sha256(images),

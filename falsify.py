@@ -18,6 +18,7 @@ from tqdm import tqdm
 import evaluate
 import utils
 from local_bound import propagate, prove
+from locallip import distributed, flags
 from locallip.bound.proof import LANCZOS_STEPS, proven_norms
 from locallip.evaluation import pictures
 from locallip.evaluation.attacks import attack_labels, attack_slopes
@@ -25,14 +26,15 @@ from locallip.evaluation.report import refuse_existing
 
 
 def main() -> None:
-    parser = utils.ArgumentParser(__doc__)
+    parser = flags.ArgumentParser(__doc__)
     evaluate.add_model_flags(parser)
     flag = parser.add_argument
-    flag("--restarts", type=utils.positive_int, default=10, help="random starts of PGD per certified image")
-    flag("--slope_steps", type=utils.positive_int, default=100, help="steps of the attack on the bound")
-    flag("--out", type=utils.path, help="folder for the CSV row per image and the picture of bounds and slopes")
+    flag("--restarts", type=flags.positive_int, default=10, help="random starts of PGD per certified image")
+    flag("--slope_steps", type=flags.positive_int, default=100, help="steps of the attack on the bound")
+    flag("--out", type=flags.path, help="folder for the CSV row per image and the picture of bounds and slopes")
     flag("--overwrite", action="store_true", help="replace a report that --out has already")
     args = parser.parse_args()
+    distributed.refuse_several()
     model, images, _, _ = evaluate.load(args)
     if args.epsilon == 0:
         raise utils.InputError("there is nothing to attack at --epsilon 0")

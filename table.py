@@ -6,6 +6,7 @@ from pathlib import Path
 
 import utils
 from data_load import DATA_SETS
+from locallip import distributed, flags
 from locallip.evaluation.table import Row, refresh
 
 ROOT = Path(__file__).resolve().parent
@@ -19,7 +20,8 @@ def row(run: utils.Run) -> Row:
 
 
 def main() -> None:
-    utils.ArgumentParser(__doc__).parse_args()
+    flags.ArgumentParser(__doc__).parse_args()
+    distributed.refuse_several()
     print(refresh(ROOT / "README.md", [row(run) for run in utils.RUNS], ROOT / "results"))
 
 

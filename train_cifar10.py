@@ -1,6 +1,5 @@
 """Train a certifiably robust network on CIFAR-10. The defaults are the paper's run; `--help` lists the flags."""
 
-import training
 import utils
 
 DATA_SETS = utils.data_sets("cifar10")
@@ -8,7 +7,7 @@ DEFAULTS = utils.RECIPES["cifar10"].defaults
 
 
 def main() -> None:
-    training.run(utils.training_arguments(__doc__, DATA_SETS, DEFAULTS))
+    utils.train(utils.training_arguments(__doc__, DATA_SETS, DEFAULTS))
 
 
 if __name__ == "__main__":

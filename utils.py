@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 
-from data_load import DATA_SETS
+from data_load import DATA_SETS, count_classes, load_data
+from locallip import distributed
 from locallip.bound.layers import ClampGroupSort, ReLU_x
 from locallip.checkpoints import load_checkpoint, load_weights, save_checkpoint  # noqa: F401
 from locallip.files import (  # noqa: F401
@@ -29,6 +28,19 @@ from locallip.files import (  # noqa: F401
     write_atomically,
     write_csv,
 )
+from locallip.flags import (
+    ArgumentParser,
+    natural_float,
+    natural_int,
+    path,
+    positions,
+    positive_float,
+    positive_int,
+    scale,
+    seed,
+)
+from locallip.images import hold_out
+from locallip.training import run as training_run
 from runs import RECIPES, RUNS, Run  # noqa: F401
 
 # --- architectures ---------------------------------------------------------------------------------------------------
@@ -155,129 +167,7 @@ def select_model(
     return nn.Sequential(*layers)
 
 
-# --- devices ---------------------------------------------------------------------------------------------------------
-
-
-def select_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that exists; full float32 precision on CUDA (no TF32).
-
-    Raises:
-        InputError: if the device does not exist on this machine.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"unknown device '{name}'; choose auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device '{name}' is not supported; choose auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device '{name}' does not exist here: {torch.cuda.device_count()} CUDA devices found")
-    return device
-
-
-def available_memory() -> int | None:
-    """Bytes of host memory that can still be had, by the kernel and by the container's limit; None if unknown."""
-    found = []
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))))
-    with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        found.append(limit - used + int(counts.get("inactive_file", 0)))  # of files, given up when it is needed
-    return min(found, default=None)
-
-
 # --- hyper-parameters ------------------------------------------------------------------------------------------------
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Names the defaults that there are."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse that answers a wrong flag with one line and refuses abbreviated flags."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
-
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message} (--help lists the flags)", 2)
-
-
-def path(text: str) -> str:
-    """A file or folder, `~` and `~user` expanded."""
-    if not text:
-        raise argparse.ArgumentTypeError("must name a file or folder")
-    try:
-        return expand_home(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def natural_int(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
-    return value
-
-
-def seed(text: str) -> int:
-    value = natural_int(text)
-    if value >= 2**63:
-        raise argparse.ArgumentTypeError(f"must be below 2**63, got {value}")
-    return value
-
-
-def natural_float(text: str) -> float:
-    value = float(text)
-    if not (value >= 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"must be a finite number >= 0, got {text}")
-    return value
-
-
-def probability(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
-    return value
-
-
-def positive_float(text: str) -> float:
-    value = natural_float(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("must be greater than 0")
-    return value
-
-
-def scale(text: str) -> float:
-    value = positive_float(text)
-    if value > 100:
-        raise argparse.ArgumentTypeError(f"must be at most 100, got {text}")
-    return value
-
-
-def positions(text: str) -> list[int]:
-    """Positions in a network, separated by commas."""
-    try:
-        return sorted({natural_int(part) for part in text.split(",")})
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be whole numbers with commas between, got '{text}'") from None
 
 
 def add_common_flags(parser: argparse.ArgumentParser, data_sets: Sequence[str]) -> None:
@@ -390,3 +280,30 @@ def training_arguments(
             f"lower --warmup and --rampup too, or shorten all with --scale"
         )
     return args
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> None:
+    """What a training script does with its arguments: data, network, training, in one process or several.
+
+    Raises:
+        ScriptError: see `locallip.training.run.train`; InputError too if there is no such network, device or data.
+    """
+    with distributed.process_group(args.device):
+        device = distributed.select_device(args.device)
+        torch.manual_seed(args.seed)
+        classes = count_classes(args.data, args.data_dir)
+        model = select_model(args.data, args.model, args.init, args.width, classes, args.orthogonal)
+        # On a CPU a 3x3 convolution of 32 channels takes half the time in this order.
+        model = model.to(device, memory_format=torch.channels_last)
+        with distributed.one_per_machine_first():
+            training_set = load_data(args.data, args.data_dir, train=True)
+            if args.val_split:
+                training_set, validation_set = hold_out(training_set, args.val_split, args.seed)
+            else:
+                validation_set = load_data(args.data, args.data_dir, train=False)
+        parts = (distributed.shard(images).to(device) for images in (training_set, validation_set))
+        augment = DATA_SETS[args.data].augmented and not args.no_augmentation
+        training_run.train(model, *parts, args, augment)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import training
 import utils
 
 DATA_DIR = os.path.relpath(Path(__file__).resolve().parent / "data")
@@ -18,7 +17,7 @@ DEFAULTS = utils.RECIPES["tinyimagenet"].defaults | {"data_dir": DATA_DIR}
 
 
 def main() -> None:
-    training.run(utils.training_arguments(__doc__, DATA_SETS, DEFAULTS))
+    utils.train(utils.training_arguments(__doc__, DATA_SETS, DEFAULTS))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import utils
 from local_bound import propagate, prove
+from locallip import distributed, flags
 from locallip.bound.power_iteration import PowerIteration
 from locallip.bound.proof import proven_norms
 from locallip.bound.worst_case import worst_logits, worst_margin
@@ -56,14 +57,15 @@ def _wait(device: torch.device) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    parser = utils.ArgumentParser(__doc__)
+    parser = flags.ArgumentParser(__doc__)
     evaluate.add_model_flags(parser)
     flag = parser.add_argument
-    flag("--test_sniter", type=utils.positive_int, default=2000, help="power iterations of the published protocol")
-    flag("--sample_batches", type=utils.positive_int, default=1, help="batches that the published protocol is timed on")
-    flag("--json", type=utils.path, help="file for the figures")
+    flag("--test_sniter", type=flags.positive_int, default=2000, help="power iterations of the published protocol")
+    flag("--sample_batches", type=flags.positive_int, default=1, help="batches that the published protocol is timed on")
+    flag("--json", type=flags.path, help="file for the figures")
     flag("--overwrite", action="store_true", help="replace the file that --json names")
     args = parser.parse_args()
+    distributed.refuse_several()
     if args.json:
         refuse_existing(Path(args.json), args.overwrite)
     model, images, _, _ = evaluate.load(args)

@@ -31,14 +31,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
 from benchmarks.certification import refuse_existing, timed
-from data_load import DATA_SETS, channels_last
+from data_load import DATA_SETS
 from local_bound import propagate, prove
+from locallip import devices, distributed, flags
 from locallip.bound.fused import compile_activations
 from locallip.bound.power_iteration import PowerIteration
 from locallip.bound.proof import proven_norms
 from locallip.bound.worst_case import global_radius
+from locallip.images import channels_last
+from locallip.training.step import Layout, RobustLoss, Step
 from locallip.training.vectors import StoredVectors
-from training import Layout, RobustLoss, Step
 
 # Images per step on a CPU, where the recipe's own number would take too long.
 CPU_BATCH = {"tinyimagenet": 8}
@@ -203,21 +205,22 @@ def _megabytes(count: int | None) -> str:
 
 
 def main() -> None:
-    parser = utils.ArgumentParser(__doc__)
+    parser = flags.ArgumentParser(__doc__)
     flag = parser.add_argument
     flag("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="training jobs of run_job.sh")
     flag("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    flag("--repeats", type=utils.positive_int, default=7, help="timed steps of each kind")
-    flag("--width", type=utils.positive_float, default=1.0, help="fraction of the published channel numbers")
+    flag("--repeats", type=flags.positive_int, default=7, help="timed steps of each kind")
+    flag("--width", type=flags.positive_float, default=1.0, help="fraction of the published channel numbers")
     flag("--compile", choices=["yes", "no"], default="yes", help="compile element-wise work")
     flag("--bfloat16", action="store_true", help="time steps with convolutions in bfloat16 too")
-    flag("--certified_images", type=utils.positive_int, default=8, help="images that are certified")
-    flag("--json", type=utils.path, default="results/bench/training_step.json", help="file for the figures")
+    flag("--certified_images", type=flags.positive_int, default=8, help="images that are certified")
+    flag("--json", type=flags.path, default="results/bench/training_step.json", help="file for the figures")
     flag("--overwrite", action="store_true", help="replace the file that --json names")
     options = parser.parse_args()
+    distributed.refuse_several()
     path = Path(options.json)
     refuse_existing(path, options.overwrite)
-    device = utils.select_device(options.device)
+    device = devices.select_device(options.device)
     if options.compile == "yes":
         compile_activations()
     results = []

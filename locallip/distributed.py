@@ -24,11 +24,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import utils
-from data_load import ImageSet
-from locallip import launch
+from locallip import devices, launch
+from locallip.files import InputError, ScriptError, first_line
+from locallip.images import ImageSet
 from locallip.launch import Launch
-from utils import InputError, ScriptError, first_line
 
 T = TypeVar("T")
 
@@ -106,6 +105,20 @@ def _is_of_the_connection(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
+def refuse_several() -> None:
+    """Refuse to be one of several processes, in a script that is a run of one.
+
+    Raises:
+        InputError: if the environment speaks of several.
+    """
+    place = _place()
+    if place.processes > 1:
+        raise InputError(
+            f"this is process {place.rank} of {place.processes}, and the script works in one; start it once, without "
+            f"torchrun, mpirun or srun, or set WORLD_SIZE=1"
+        )
+
+
 def _place() -> Launch:
     """The place of this process in its run, as found when the processes met, or as the environment says it."""
     if _met is not None:
@@ -131,12 +144,12 @@ def _find_place_here(place: Launch, store: dist.Store) -> Launch:
 
 
 def select_device(name: str) -> torch.device:
-    """The device of this process: as `utils.select_device`, but each process of a machine gets a GPU of its own.
+    """The device of this process: as `devices.select_device`, but each process of a machine gets a GPU of its own.
 
     Raises:
         InputError: if there are fewer GPUs than processes, or one GPU is named for all.
     """
-    device, place = utils.select_device(name), _place()
+    device, place = devices.select_device(name), _place()
     if device.type != "cuda" or place.processes == 1:
         return device
     if device.index is not None:

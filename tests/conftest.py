@@ -7,13 +7,15 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-import training
+import train_mnist
 import utils
 from data_load import load_data
+from locallip.training import run as training_run
 
 pytest.register_assert_rewrite("oracles", "contracts_of_layers", "contracts_of_operators")
 
@@ -77,7 +79,7 @@ def digits():
 def few_digits(monkeypatch, digits):
     """Lets the training scripts see 128 training images and 64 test images only."""
     few = {True: digits[True][:128], False: digits[False][:64]}
-    monkeypatch.setattr(training, "load_data", lambda data, data_dir, train: few[train])
+    monkeypatch.setattr(utils, "load_data", lambda data, data_dir, train: few[train])
     return few
 
 
@@ -93,3 +95,64 @@ def saved_net(tmp_path, tiny_net):
     path = tmp_path / "net_best.pth"
     utils.save_checkpoint(path, {"state_dict": tiny_net.state_dict(), "err": 1.0, "epoch": 0})
     return path
+
+
+# --- training runs
+
+RUN = [*TINY, "--epochs", 4, "--rampup", 2, "--batch_size", 32, "--epsilon", 0.2, "--epsilon_train", 0.3]
+RUN += ["--lr", 5e-3, "--test_sniter", 5]
+
+
+class Runs:
+    """Training runs with tiny nets below one folder, one subfolder each."""
+
+    def __init__(self, folder, command_line, monkeypatch):
+        self.folder, self.command_line, self.monkeypatch = folder, command_line, monkeypatch
+
+    def files(self, name="run"):
+        best, checkpoint, log = (
+            self.folder / name / f"tiny{ending}" for ending in ("_best.pth", "_checkpoint.pth", "_epochs.csv")
+        )
+        return SimpleNamespace(best=best, checkpoint=checkpoint, log=log)
+
+    def contents(self, name="run"):
+        return {path.name: path.read_bytes() for path in (self.folder / name).iterdir()}
+
+    def flags(self, name="run"):
+        return [*RUN, "--output_dir", self.folder / name, "--prefix", "tiny"]
+
+    def train(self, *flags, name="run"):
+        self.command_line(*self.flags(name), *flags)
+        train_mnist.main()
+        return self.files(name)
+
+    def train_until(self, epoch, *flags, name="run"):
+        """As if somebody pressed Ctrl-C just after an epoch was saved."""
+        finish_epoch = training_run._Run._finish_epoch
+
+        def finish_epoch_and_stop(run, finished, row):
+            finish_epoch(run, finished, row)
+            if finished + 1 == epoch:
+                raise KeyboardInterrupt
+
+        with self.monkeypatch.context() as patch:
+            patch.setattr(training_run._Run, "_finish_epoch", finish_epoch_and_stop)
+            with pytest.raises(KeyboardInterrupt):
+                self.train(*flags, name=name)
+
+    def train_in_two_parts(self, *flags, name="run"):
+        self.train_until(2, *flags, name=name)
+        return self.train("--resume", *flags, name=name)
+
+
+@pytest.fixture
+def runs(tmp_path, command_line, monkeypatch, few_digits):
+    return Runs(tmp_path, command_line, monkeypatch)
+
+
+def without_seconds(log):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in read_csv(log)]
+
+
+def losses(log):
+    return [float(row["loss"]) for row in read_csv(log)]

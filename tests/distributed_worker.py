@@ -8,15 +8,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import distributed
+
 import evaluate
 import locallip.evaluation.evaluation as evaluation_module
-import training
 import utils
-from data_load import ImageSet, load_data
+from data_load import load_data
 from local_bound import propagate
+from locallip import distributed
 from locallip.bound.power_iteration import PowerIteration
-from training import RobustLoss, Tally, count_batches, loss_weights
+from locallip.images import ImageSet
+from locallip.training.run import train
+from locallip.training.shares import count_batches, loss_weights
+from locallip.training.step import RobustLoss, Step, Tally
 
 IMAGES = 11  # shared by 2 or 4 processes, it leaves parts of different sizes
 LOSSES = {
@@ -91,27 +94,29 @@ def evaluation(certificate):
     images, model = first_digits(60), network("bcp").float().eval().requires_grad_(False)
     args = argparse.Namespace(epsilon=0.0016, clip=False, out=None, test_batch_size=7, seed=0, deployed="exact")
     args.test_sniter, args.test_opt_iter, args.failure_probability, args.certificate_seed = 60, 10, 1e-6, 5
-    method = evaluate.Proven(model, args, 60, 5) if certificate == "proven" else evaluate.Estimate(model, args)
+    args.effort = "product"
+    first = images[:1].images / 255
+    method = evaluate.Proven(model, args, first, 60, 5) if certificate == "proven" else evaluate.Estimate(model, args)
     (found,) = evaluate.evaluate(model, images, args, [method])
     return {"outcome": found.outcome, "description": method.describe(found.counts)}
 
 
 def short_training(folder, batch_size):
     """Which images every process visited in two epochs on 37 images; the parameters must come out the same."""
-    visits, step = [], training.Step.__call__
+    visits, step = [], Step.__call__
 
     def record(self, x, y, indices, *others):
         visits.append((indices * distributed.processes() + distributed.rank()).tolist())
         return step(self, x, y, indices, *others)
 
-    training.Step.__call__ = record
+    Step.__call__ = record
     sys.argv = ["worker", "--data", "digits", "--width", "0.05", "--epochs", "2", "--rampup", "1", "--sniter", "1"]
     sys.argv += ["--batch_size", str(batch_size), "--test_sniter", "2", "--output_dir", str(folder), "--overwrite"]
     args = utils.training_arguments("", ["digits"], {"epochs": 2, "lr": 1e-3, "end_lr": 1e-3} | SCHEDULE)
     model = network("bcp").float()
     sets = (distributed.shard(images) for images in (first_digits(37), first_digits(5)))
-    training.train(model, *sets, args)
-    training.Step.__call__ = step
+    train(model, *sets, args)
+    Step.__call__ = step
     same_everywhere([parameter.detach() for parameter in model.parameters()])
     return distributed.gather(visits)
 

@@ -18,11 +18,11 @@ from torch import nn
 
 import evaluate
 import train_cifar10
-import training
 import utils
 from data_load import DATA_SETS, load_data
 from locallip.dependencies import datasets
 from locallip.images import ImageSet, crop_and_flip
+from locallip.training import run as training_run
 from utils import ClampGroupSort, InputError, ReLU_x
 
 MODELS = ("relux", "c6f2_relux", "c6f2_clmaxmin", "standrelu")
@@ -84,8 +84,8 @@ def test_init_reaches_every_threshold(name):
 @pytest.mark.parametrize("name", CLIPPED)
 def test_the_flag_init_reaches_every_clipped_net(command_line, monkeypatch, name):
     nets = []
-    monkeypatch.setattr(training, "train", lambda model, *others: nets.append(model))
-    monkeypatch.setattr(training, "load_data", lambda *names, **train: few_images(1, seed=0))
+    monkeypatch.setattr(training_run, "train", lambda model, *others: nets.append(model))
+    monkeypatch.setattr(utils, "load_data", lambda *names, **train: few_images(1, seed=0))
     command_line("--model", name, "--init", 0.75, "--width", WIDTH, "--device", "cpu")
     train_cifar10.main()
     assert all((layer.threshold == 0.75).all() for layer in nets[0] if isinstance(layer, ReLU_x))
@@ -195,7 +195,7 @@ DEFAULTS |= {"batch_size": 256, "seed": 2019, "no_augmentation": False, "val_spl
 @pytest.mark.parametrize("line", ["", *TRAINING])
 def test_the_published_training_lines_parse_with_the_papers_defaults(command_line, monkeypatch, line):
     runs = []
-    monkeypatch.setattr(training, "run", runs.append)
+    monkeypatch.setattr(utils, "train", runs.append)
     command_line(*shlex.split(line))
     train_cifar10.main()
     (args,) = map(vars, runs)

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data_load
-import training
 import utils
 from local_bound import propagate
 from locallip.bound import fused
 from locallip.bound.power_iteration import PowerIteration
+from locallip.images import channels_last
+from locallip.training.step import Layout, RobustLoss, Step
 from locallip.training.vectors import StoredVectors
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -39,11 +39,11 @@ def compilations():
 def test_a_training_compiles_once_per_kind_of_activation_and_not_per_layer_or_batch(compiled):
     torch.manual_seed(0)
     model = utils.select_model("cifar10", "c6f2_clmaxmin", 1.0, 0.125).to(memory_format=torch.channels_last)
-    images, y = data_load.channels_last(torch.rand(5, 3, 32, 32)), torch.arange(5)
+    images, y = channels_last(torch.rand(5, 3, 32, 32)), torch.arange(5)
     norms = PowerIteration(1)
-    stored = StoredVectors(5, training.Layout.of(model, images[:1]).vectors, images.device)
+    stored = StoredVectors(5, Layout.of(model, images[:1]).vectors, images.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    step = training.Step(training.RobustLoss(model, norms), norms, stored, optimizer)
+    step = Step(RobustLoss(model, norms), norms, stored, optimizer)
 
     def train(count):
         batch = images[:count]

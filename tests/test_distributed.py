@@ -13,12 +13,12 @@ import pytest
 import torch
 from conftest import ROOT, TINY, Answer, read_csv
 
-import distributed
-import training
 import utils
-from data_load import batch_sizes
-from training import count_batches, loss_weights
-from utils import InputError
+from locallip import checkpoints, devices, distributed
+from locallip.files import InputError
+from locallip.images import batch_sizes
+from locallip.training import run as training_run
+from locallip.training.shares import count_batches, loss_weights
 
 
 def launch(processes, *command):
@@ -158,14 +158,14 @@ def launched(monkeypatch):
 
 @pytest.mark.parametrize(("device", "complaint"), [("cuda", "4 processes have 2 GPUs"), ("cuda:1", "one GPU for all")])
 def test_every_process_needs_a_gpu_of_its_own(launched, monkeypatch, device, complaint):
-    monkeypatch.setattr(utils, "select_device", torch.device)
+    monkeypatch.setattr(devices, "select_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(InputError, match=complaint):
         distributed.select_device(device)
 
 
 def test_without_torchrun_a_gpu_is_the_one_named(monkeypatch):
-    monkeypatch.setattr(utils, "select_device", torch.device)
+    monkeypatch.setattr(devices, "select_device", torch.device)
     assert distributed.select_device("cuda:1") == torch.device("cuda:1")
 
 
@@ -185,23 +185,23 @@ def test_layers_that_do_not_exist_are_refused(call, few_digits, tmp_path, flags,
 
 
 def test_singular_vectors_that_do_not_fit_are_refused_with_what_would_help(call, few_digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "available_memory", lambda: 100_000)
+    monkeypatch.setattr(devices, "available_memory", lambda: 100_000)
     answer = call("train_mnist", *TINY, "--output_dir", tmp_path)
     assert (answer.code, len(answer.err.splitlines())) == (2, 1)
     assert "--indices" in answer.err
-    monkeypatch.setattr(utils, "available_memory", lambda: None)
+    monkeypatch.setattr(devices, "available_memory", lambda: None)
     few = ["--epochs", 1, "--rampup", 0, "--test_sniter", 2, "--overwrite"]
     assert call("train_mnist", *TINY, "--output_dir", tmp_path, *few).code == 0
 
 
 def test_local_norms_at_fewer_layers_keep_fewer_vectors(call, few_digits, tmp_path, monkeypatch):
-    kept, make = [], training._Run._make_room
+    kept, make = [], training_run._Run._make_room
 
     def record(run, layout):
         kept.append(make(run, layout))
         return kept[-1]
 
-    monkeypatch.setattr(training._Run, "_make_room", record)
+    monkeypatch.setattr(training_run._Run, "_make_room", record)
     few = ["--epochs", 1, "--rampup", 0, "--test_sniter", 2, "--overwrite", "--output_dir", tmp_path]
     for flags in (["--indices", "9,11"], ["--indices", "0,9,11"], []):
         assert call("train_mnist", *TINY, *few, *flags).code == 0
@@ -222,9 +222,10 @@ RUN += ["--test_sniter", 2, "--sniter", 1]
 FEW_DIGITS = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import train_mnist, training, utils
+import train_mnist, utils
+from locallip.training.step import Step
 
-load_data, step = training.load_data, training.Step.__call__
+load_data, step = utils.load_data, Step.__call__
 steps = 0
 
 def die_in_the_second_epoch(self, *given):
@@ -234,8 +235,8 @@ def die_in_the_second_epoch(self, *given):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, *given)
 
-training.Step.__call__ = die_in_the_second_epoch
-training.load_data = lambda data, data_dir, train: load_data(data, data_dir, train)[: 130 if train else 21]
+Step.__call__ = die_in_the_second_epoch
+utils.load_data = lambda data, data_dir, train: load_data(data, data_dir, train)[: 130 if train else 21]
 utils.run_script(train_mnist.main)
 """
 
@@ -255,7 +256,7 @@ def test_death_of_a_process_ends_all_names_its_rank_and_the_run_can_be_resumed(t
     assert re.search(r"Root Cause.*rank +: 2 .*SIGKILL", answer.err, re.S), answer.err
     assert "130 training images, 21 test images" in answer.out
     assert "in each of 4 processes" in answer.out
-    checkpoint = utils.load_checkpoint(tmp_path / "few_checkpoint.pth")
+    checkpoint = checkpoints.load_checkpoint(tmp_path / "few_checkpoint.pth")
     assert (checkpoint["epoch"], len(checkpoint["shuffle"])) == (1, 4)
     first = read_csv(tmp_path / "few_epochs.csv")
 
@@ -265,7 +266,7 @@ def test_death_of_a_process_ends_all_names_its_rank_and_the_run_can_be_resumed(t
     rows = read_csv(tmp_path / "few_epochs.csv")
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert rows[:1] == first
-    shuffles = utils.load_checkpoint(tmp_path / "few_checkpoint.pth")["shuffle"]
+    shuffles = checkpoints.load_checkpoint(tmp_path / "few_checkpoint.pth")["shuffle"]
     assert not torch.equal(shuffles, checkpoint["shuffle"])
 
     # Another number of processes would have other shards.
@@ -274,10 +275,10 @@ def test_death_of_a_process_ends_all_names_its_rank_and_the_run_can_be_resumed(t
 
 
 def resume_alone(folder):
-    args = utils.load_checkpoint(folder / "few_checkpoint.pth")["arguments"]
+    args = checkpoints.load_checkpoint(folder / "few_checkpoint.pth")["arguments"]
     args = worker.argparse.Namespace(**args | {"resume": True})
     model = utils.select_model("digits", "relux", width=args.width)
-    training.train(model, worker.first_digits(9), worker.first_digits(9), args)
+    training_run.train(model, worker.first_digits(9), worker.first_digits(9), args)
 
 
 def test_evaluation_in_two_processes_prints_one_report(saved_net, tmp_path):

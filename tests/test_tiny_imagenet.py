@@ -18,7 +18,6 @@ from torch import nn
 
 import data_load
 import evaluate
-import training
 import utils
 from data_load import count_classes, load_data
 from local_bound import propagate
@@ -461,7 +460,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("line", PUBLISHED)
 def test_the_published_training_lines_parse(command_line, monkeypatch, line):
     runs = []
-    monkeypatch.setattr(training, "run", runs.append)
+    monkeypatch.setattr(utils, "train", runs.append)
     command_line(*shlex.split(f"{SHARED} {line}"))
     train_tinyimagenet.main()
     expected = {

@@ -122,25 +122,6 @@ def test_select_model_refuses_what_does_not_exist(data, model, width):
         utils.select_model(data, model, width=width)
 
 
-# --- devices
-
-
-@pytest.mark.parametrize("name", ["cpu", "auto"])
-def test_select_device_takes_what_is_there(name):
-    assert torch.zeros(1, device=utils.select_device(name)).item() == 0
-
-
-def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert utils.select_device("auto") == torch.device("cpu")
-
-
-@pytest.mark.parametrize("name", ["cuda:99", "tpu", "meta", "", "cuda:x"])
-def test_select_device_refuses_what_is_not(name):
-    with pytest.raises(InputError, match="device"):
-        utils.select_device(name)
-
-
 # --- orthogonal start
 
 

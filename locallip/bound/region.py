@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from locallip.bound.operators import LinearOperator
-from locallip.bound.tensors import ForEveryImage, per_image, underflow_to_nan
+from locallip.bound.tensors import ForEveryImage, per_image, underflows
 
 
 class Region:
@@ -24,7 +24,10 @@ class Region:
         stack: (2N, ...) the centre and the middle of the box, so that a linear layer takes one call for both; (N, ...)
             if they are the same.
         half: half-width of the box; (N, 1, ...) if it is the same for all entries.
+        lost: (N,) bool, where underflow may have made the box a point, which would seem not to vary; None: nowhere.
     """
+
+    lost: Tensor | None = None
 
     def __init__(self, center: Tensor, lower: Tensor, upper: Tensor):
         self.center, self.lower, self.upper = center, lower, upper
@@ -60,6 +63,7 @@ class Region:
         """
         radius, rows = radius.view(-1, *[1] * len(operator.output_shape)), operator.row_norms()
         reach = radius * rows
+        lost = underflows(reach, radius, rows).flatten(1).any(dim=1)
         stack, half = self.stack, self.half
         if half.shape[1:] == operator.input_shape:
             half = operator.absolute(half)
@@ -70,9 +74,7 @@ class Region:
             half = ForEveryImage.apply(row, half)
         if isinstance(rounding, Tensor) or rounding:  # a sum with 0 would be a pass over memory
             half, reach = half + rounding, reach + rounding
-        else:
-            reach = _unless_lost(reach, radius, rows)
-        return UncutRegion(operator.affine(stack), half, reach)
+        return UncutRegion(operator.affine(stack), half, reach, lost)
 
 
 class CenteredRegion(Region):
@@ -102,8 +104,8 @@ class UncutRegion(Region):
         reach: half-width of the ball's own box.
     """
 
-    def __init__(self, uncut_stack: Tensor, uncut_half: Tensor, reach: Tensor):
-        self.uncut_stack, self.uncut_half, self.reach = uncut_stack, uncut_half, reach
+    def __init__(self, uncut_stack: Tensor, uncut_half: Tensor, reach: Tensor, lost: Tensor | None = None):
+        self.uncut_stack, self.uncut_half, self.reach, self.lost = uncut_stack, uncut_half, reach, lost
         self.center, self._middle = uncut_stack[: len(uncut_half)], uncut_stack[-len(uncut_half) :]
 
     @cached_property
@@ -143,13 +145,3 @@ class Point(Region):
 
     def behind(self, operator: LinearOperator, radius: Tensor, rounding: Tensor | float) -> Region:
         return Point(operator.affine(self.center), radius)
-
-
-def _unless_lost(reach: Tensor, radius: Tensor, rows: Tensor) -> Tensor:
-    """radius * rows, or NaN for an image where underflow has lost even the longest row's.
-
-    A box that underflow has made a point would seem to hold what cannot vary.
-    """
-    longest = rows.detach().max()
-    lost = underflow_to_nan(radius * longest, radius, longest).isnan()
-    return torch.where(lost, torch.nan, reach)

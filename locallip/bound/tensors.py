@@ -57,12 +57,17 @@ class ForEveryImage(torch.autograd.Function):
         return grad_row, (grad * row).sum(entries(grad), keepdim=True) if ctx.needs_input_grad[1] else None
 
 
-def underflow_to_nan(product: Tensor, *factors: Tensor) -> Tensor:
-    """The product of factors, or NaN where it is too small a number for its dtype though no factor is 0."""
+def underflows(product: Tensor, *factors: Tensor) -> Tensor:
+    """Where a product is too small a number for its dtype though no factor is 0: bool."""
     lost = product.abs() < torch.finfo(product.dtype).tiny
     for factor in factors:
         lost = lost & (factor != 0)
-    return torch.where(lost, torch.nan, product)
+    return lost
+
+
+def underflow_to_nan(product: Tensor, *factors: Tensor) -> Tensor:
+    """The product of factors, or NaN where it underflows."""
+    return torch.where(underflows(product, *factors), torch.nan, product)
 
 
 def eliminating(rows: Tensor | None, columns: Tensor | None) -> Tensor:

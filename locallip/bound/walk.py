@@ -171,7 +171,11 @@ class _Walk:
         rounding, deployed = behind
         region = region.of_radius(rounding.product(self.epsilon, whole) + rounding.distance)
         still_open = _Open(operator, norm, state.columns, None if self._layers is None else region)
-        return _State(region, state.local, state.lowest, whole, rounding, deployed, None, still_open)
+        local = state.local
+        if region.lost is not None and not self._allows:
+            # Masks read off such a box would be wrong; where rounding is allowed for, it has been made larger.
+            local = torch.where(region.lost, torch.nan, local)
+        return _State(region, local, state.lowest, whole, rounding, deployed, None, still_open)
 
     def activation(self, state: _State, position: Position, activation: Activation) -> _State:
         """Behind an activation."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import distributed
+from locallip import distributed
 from locallip.evaluation.attacks import PGD_CURVE_STEPS, PGD_STEPS, pgd, right
 from locallip.evaluation.certificates import Estimate, Proven
 from locallip.evaluation.outcome import CERTIFIED_MULTIPLES, OPEN, PGD_MULTIPLES, Findings, Outcome

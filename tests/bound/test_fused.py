@@ -11,7 +11,6 @@ from conftest import ROOT
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import training
 from data_load import channels_last
 from local_bound import bcp_loss, propagate, worst_logits
 from locallip.bound import fused, worst_case
@@ -19,6 +18,7 @@ from locallip.bound.activations import Clip, ClippedMaxMin
 from locallip.bound.fused import activation, through_activation
 from locallip.bound.layers import ClampGroupSort, ReLU_x
 from locallip.bound.power_iteration import PowerIteration
+from locallip.training.step import Layout, RobustLoss, Step
 from locallip.training.vectors import StoredVectors
 
 IMAGES = 6
@@ -217,10 +217,10 @@ class NoLooks(TorchDispatchMode):
 def test_a_step_as_on_a_gpu_never_looks_at_a_value(tiny_net, gloro, monkeypatch):
     monkeypatch.setitem(worst_case._ROUNDS_PER_LOOK, "cpu", worst_case._ROUNDS_PER_LOOK["cuda"])
     norms, x = PowerIteration(2), channels_last(torch.rand(4, 1, 28, 28))
-    stored = StoredVectors(4, training.Layout.of(tiny_net, x[:1]).vectors, x.device)
+    stored = StoredVectors(4, Layout.of(tiny_net, x[:1]).vectors, x.device)
     # The optimizer of a CPU reads its own step counter there, which a GPU's does not.
     optimizer = torch.optim.SGD(tiny_net.parameters(), lr=0.1)
-    step = training.Step(training.RobustLoss(tiny_net, norms, 10, gloro), norms, stored, optimizer)
+    step = Step(RobustLoss(tiny_net, norms, 10, gloro), norms, stored, optimizer)
     with NoLooks():
         loss, _, _ = step(x, torch.arange(4), torch.arange(4), 0.1, 0.5)
     assert loss.isfinite()

@@ -1,0 +1,93 @@
+"""Command lines: a parser that refuses in one line, and the kinds of values that flags take."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import NoReturn
+
+from locallip.files import InputError, expand_home, fail
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names the defaults that there are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that answers a wrong flag with one line and refuses abbreviated flags."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} (--help lists the flags)", 2)
+
+
+def path(text: str) -> str:
+    """A file or folder, `~` and `~user` expanded."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a file or folder")
+    try:
+        return expand_home(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def natural_int(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
+    return value
+
+
+def seed(text: str) -> int:
+    value = natural_int(text)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be below 2**63, got {value}")
+    return value
+
+
+def natural_float(text: str) -> float:
+    value = float(text)
+    if not (value >= 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"must be a finite number >= 0, got {text}")
+    return value
+
+
+def probability(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = natural_float(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be greater than 0")
+    return value
+
+
+def scale(text: str) -> float:
+    value = positive_float(text)
+    if value > 100:
+        raise argparse.ArgumentTypeError(f"must be at most 100, got {text}")
+    return value
+
+
+def positions(text: str) -> list[int]:
+    """Positions in a network, separated by commas."""
+    try:
+        return sorted({natural_int(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers with commas between, got '{text}'") from None

@@ -1,0 +1,89 @@
+"""The files of a run. They agree whenever it is killed: two of them can be made again from the third."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from locallip.checkpoints import load_checkpoint, save_checkpoint
+from locallip.files import InputError, exists, write_csv
+
+
+class RunFiles:
+    """The files of a run below one prefix.
+
+    Attributes:
+        checkpoint: the last epoch, with all that resuming needs.
+        best: the epoch with the smallest certified error on the validation set, the first of several.
+        log: one row per epoch.
+
+    Raises:
+        InputError: if the prefix ends in no name.
+    """
+
+    def __init__(self, folder: Path, prefix: str):
+        stem = folder / prefix
+        if Path(prefix).name in ("", ".."):
+            raise InputError(f"--prefix '{prefix}' ends in no name for files")
+        self.best, self.checkpoint, self.log = (
+            stem.with_name(stem.name + ending) for ending in ("_best.pth", "_checkpoint.pth", "_epochs.csv")
+        )
+
+    def refuse_existing(self) -> None:
+        """Refuse a prefix that has a run already.
+
+        Raises:
+            InputError: if one of the files exists.
+        """
+        for path in (self.best, self.checkpoint, self.log):
+            if exists(path):
+                raise InputError(f"{path} exists; choose another --prefix, or --resume, or --overwrite")
+
+    def save(self, checkpoint: Mapping[str, Any]) -> None:
+        """Write what an epoch leaves. checkpoint: `state_dict`, `err`, `epoch`, `arguments`, `rows`, and more.
+
+        The checkpoint goes first. What a kill then leaves undone, `make_good` does when the run is resumed.
+
+        Raises:
+            InputError: if one of the files cannot be written.
+        """
+        save_checkpoint(self.checkpoint, checkpoint)
+        self.make_good(checkpoint)
+
+    def make_good(self, checkpoint: Mapping[str, Any]) -> None:
+        """Bring the best epoch and the log up to the last checkpoint, where they are not.
+
+        Raises:
+            InputError: if one of them cannot be written.
+        """
+        # A best epoch before the last one was written before the last checkpoint was.
+        if best_epoch(checkpoint["rows"]) == checkpoint["epoch"] and not _holds(self.best, checkpoint):
+            published = {name: checkpoint[name] for name in ("state_dict", "err", "epoch", "arguments")}
+            save_checkpoint(self.best, published)
+        write_csv(self.log, checkpoint["rows"])
+
+
+def best_epoch(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Number of the epoch with the smallest certified error on the validation set, the first of several.
+
+    Raises:
+        ValueError, TypeError, KeyError: if these are no rows of a log.
+    """
+    if len({tuple(row) for row in rows}) != 1:
+        raise ValueError("its rows have different columns, or there are none")
+    return min(rows, key=lambda row: row["validation_certified_error"])["epoch"]
+
+
+def _holds(path: Path, checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a file has the weights of a checkpoint."""
+    try:
+        found = load_checkpoint(path)
+    except InputError:
+        return False
+    ours, theirs = checkpoint["state_dict"], found["state_dict"]
+    if (found.get("epoch"), found.get("err"), theirs.keys()) != (checkpoint["epoch"], checkpoint["err"], ours.keys()):
+        return False
+    return all(torch.equal(ours[name].cpu(), theirs[name].to(ours[name].dtype)) for name in ours)

@@ -1,0 +1,220 @@
+"""Runs that are killed with -9: at most an epoch is lost, and what the three files say is one thing."""
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, RUN, losses, read_csv, spawn
+
+from locallip import checkpoints
+from locallip.files import InputError
+from locallip.training.files import RunFiles, best_epoch
+
+# Trains on the few digits of the fixture.
+TRAIN_FEW = """
+import os, signal, sys
+import train_mnist, utils
+
+load_data = utils.load_data
+utils.load_data = lambda data, data_dir, train: load_data(data, data_dir, train)[: 128 if train else 64]
+"""
+# The same once for each of these numbers, in a folder of that name: it is killed instead of writing its Nth file.
+DIE_AT_WRITES = """
+def train_and_die(write):
+    replace, written = os.replace, []
+
+    def replace_or_die(*paths):
+        written.append(paths)
+        if len(written) == write:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*paths)
+
+    os.replace = replace_or_die
+    sys.argv += ["--output_dir", str(write)]
+    train_mnist.main()
+    os._exit(0)
+
+folder, writes = sys.argv.pop(1), sys.argv.pop(1)
+os.chdir(folder)
+for write in map(int, writes.split(",")):
+    child = os.fork() or train_and_die(write)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+"""
+# At this radius the error falls in the second epoch too.
+EASY = [
+    "--epochs",
+    2,
+    "--rampup",
+    0,
+    "--epsilon_train",
+    0.001,
+    "--epsilon",
+    0.001,
+    "--batch_size",
+    8,
+    "--lr_scheduler",
+    "constant",
+    "--sniter",
+    1,
+]
+
+
+def assert_consistent(files, epochs):
+    """The three files are of one run of so many epochs."""
+    checkpoint, best = checkpoints.load_checkpoint(files.checkpoint), checkpoints.load_checkpoint(files.best)
+    rows = read_csv(files.log)
+    assert [int(row["epoch"]) for row in rows] == list(range(1, epochs + 1))
+    assert rows == [{name: str(value) for name, value in row.items()} for row in checkpoint["rows"]]
+    assert checkpoint["epoch"] == epochs
+    errors = [float(row["validation_certified_error"]) for row in rows]
+    assert checkpoint["err"] == errors[-1]
+    assert best["err"] == checkpoint["best_error"] == min(errors)
+    assert best["epoch"] == 1 + errors.index(min(errors))
+    assert best.keys() == {"state_dict", "err", "epoch", "arguments"}
+    if best["epoch"] == epochs:
+        assert all(torch.equal(best["state_dict"][name], w) for name, w in checkpoint["state_dict"].items())
+
+
+def kill_at_writes(folder, writes, *flags):
+    """Leaves in folder/N what a run does that is killed instead of writing its Nth file, for each of these N."""
+    numbers = ",".join(map(str, writes))
+    answer = spawn(
+        "-c", TRAIN_FEW + DIE_AT_WRITES, folder, numbers, *RUN, "--prefix", "tiny", *EASY, *flags, OMP_NUM_THREADS="1"
+    )
+    assert answer.code == 0, answer.err
+
+
+# Six writes: checkpoint, best and log of the first epoch, then of the second.
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("killed")
+    kill_at_writes(folder, range(1, 7))
+    return folder
+
+
+@pytest.mark.parametrize("write", range(1, 7))
+def test_a_run_killed_before_a_write_lost_an_epoch_at_most_and_is_consistent_when_resumed(runs, capsys, killed, write):
+    whole = runs.train(*EASY)
+    errors = [float(row["validation_certified_error"]) for row in read_csv(whole.log)]
+    assert errors[1] < errors[0], "the second epoch has to be the best for it to have three writes"
+    shutil.copytree(killed / str(write), runs.folder / "killed")
+    files, saved = runs.files("killed"), (write > 1) + (write > 4)  # epochs whose checkpoint is there
+    assert files.checkpoint.exists() == (saved > 0)
+    if saved:
+        runs.train(*EASY, "--resume", name="killed")
+        assert f"resuming after epoch {saved} of 2" in capsys.readouterr().out
+        assert_consistent(files, 2)
+        assert losses(files.log)[:saved] == losses(whole.log)[:saved]
+
+
+def test_a_run_that_replaces_another_and_is_killed_does_not_go_on_with_its_files(runs):
+    other = ["--seed", 1, "--lr", 1e-6]  # learns nothing, so that the files that are there look better than its own
+    runs.train(*EASY)
+    before = runs.contents()
+    for write in (2, 3):
+        shutil.copytree(runs.folder / "run", runs.folder / str(write))
+    kill_at_writes(runs.folder, (2, 3), *other, "--overwrite")
+    for name in ("2", "3"):
+        assert runs.contents(name)["tiny_checkpoint.pth"] != before["tiny_checkpoint.pth"]
+        assert runs.contents(name)["tiny_epochs.csv"] == before["tiny_epochs.csv"]
+        runs.train(*EASY, *other, "--resume", name=name)
+        assert_consistent(runs.files(name), 2)
+        assert checkpoints.load_checkpoint(runs.files(name).best)["arguments"]["seed"] == 1
+
+
+def kill_at_random(rng, flags, log):
+    """Start a run, kill it with -9 some time behind its next epoch; returns whether it was still running."""
+    before = log.stat().st_mtime_ns if log.exists() else None
+    command = [sys.executable, "-c", TRAIN_FEW + "train_mnist.main()", *flags]
+    with subprocess.Popen(
+        [str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as running:
+        deadline = time.monotonic() + 60
+        while running.poll() is None and (log.stat().st_mtime_ns if log.exists() else None) == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.4))
+        running.send_signal(signal.SIGKILL)
+        running.communicate()
+    return running.returncode == -signal.SIGKILL
+
+
+def test_killed_at_random_moments_a_run_is_consistent_whenever_it_is_resumed(runs, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    rng, files, epochs, reached = random.Random(0), runs.files(), 12, 0
+    flags = [*EASY, "--epochs", epochs]
+    for start in range(3):
+        kill_at_random(rng, [*runs.flags(), *flags, *(["--resume"] if start else [])], files.log)
+        epoch = checkpoints.load_checkpoint(files.checkpoint)["epoch"]
+        assert epoch > 0
+        assert epoch >= reached
+        reached = epoch
+    runs.train(*flags, "--resume")
+    assert_consistent(files, epochs)
+
+
+def test_a_finished_run_whose_best_and_log_are_gone_or_damaged_has_them_again(runs):
+    files = runs.train(*EASY)
+    best = files.best.read_bytes()
+    files.best.unlink()
+    files.log.write_text("epoch\n")
+    runs.train(*EASY, "--resume")
+    assert_consistent(files, 2)
+    files.best.write_bytes(best[:1000])
+    files.log.unlink()
+    runs.train(*EASY, "--resume")
+    assert_consistent(files, 2)
+
+
+# --- in detail
+
+
+def checkpoint_of(*errors, weight=0.0):
+    rows = [{"epoch": number, "validation_certified_error": error} for number, error in enumerate(errors, start=1)]
+    state = {"weight": torch.full((2,), weight)}
+    return {"state_dict": state, "err": errors[-1], "epoch": len(errors), "arguments": {}, "rows": rows}
+
+
+def test_only_the_first_of_the_best_epochs_is_the_best(tmp_path):
+    files = RunFiles(tmp_path, "run")
+    for weight, errors in enumerate([(0.5,), (0.5, 0.3), (0.5, 0.3, 0.3), (0.5, 0.3, 0.3, 0.4)]):
+        files.save(checkpoint_of(*errors, weight=float(weight)))
+    assert checkpoints.load_checkpoint(files.best)["state_dict"]["weight"].tolist() == [1, 1]
+    assert best_epoch(checkpoint_of(0.5, 0.3, 0.3)["rows"]) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"state_dict": {"weight": torch.ones(2)}}, {"state_dict": {"bias": torch.zeros(2)}}, {"err": 0.4}],
+    ids=str,
+)
+def test_a_best_file_of_another_run_is_replaced_though_its_epoch_is_the_same(tmp_path, other):
+    files, checkpoint = RunFiles(tmp_path, "run"), checkpoint_of(0.5, 0.3)
+    checkpoints.save_checkpoint(files.best, checkpoint | other)
+    files.make_good(checkpoint)
+    best = checkpoints.load_checkpoint(files.best)
+    assert (best["err"], best["state_dict"]["weight"].tolist()) == (0.3, [0, 0])
+
+
+def test_what_is_good_is_not_written_again(tmp_path):
+    files, checkpoint = RunFiles(tmp_path, "run"), checkpoint_of(0.5, 0.3)
+    files.save(checkpoint)
+    before = files.best.stat().st_ino
+    files.make_good(checkpoint)
+    assert files.best.stat().st_ino == before
+
+
+@pytest.mark.parametrize("rows", [[], [{}], [{"epoch": 1}], [1], None, [{"epoch": 1}, {"loss": 2}]], ids=str)
+def test_resume_refuses_a_checkpoint_whose_rows_are_no_log(runs, rows):
+    runs.train(*EASY)
+    path = runs.files().checkpoint
+    checkpoints.save_checkpoint(path, checkpoints.load_checkpoint(path) | {"rows": rows})
+    before = runs.contents()
+    with pytest.raises(InputError, match="cannot be resumed"):
+        runs.train(*EASY, "--resume")
+    assert runs.contents() == before

@@ -1,0 +1,251 @@
+"""Training runs of tiny nets: losses, logs, checkpoints, accidents."""
+
+import math
+import signal
+
+import pytest
+import torch
+from conftest import losses, read_csv, spawn, without_seconds
+
+import train_mnist
+import utils
+from locallip import checkpoints
+from locallip.bound.walk import propagate
+from locallip.files import InputError
+from locallip.training import run as training_run
+from locallip.training import step as training_step
+from locallip.training.run import TrainingDiverged
+
+
+def watch_bounds(monkeypatch, look):
+    """Shows `look` what every bound of training and validation is asked for."""
+
+    def look_and_propagate(*args, **options):
+        look(*args, **options)
+        return propagate(*args, **options)
+
+    for module in (training_run, training_step):
+        monkeypatch.setattr(module, "propagate", look_and_propagate)
+
+
+@pytest.mark.parametrize("loss", [[], ["--gloro"]], ids=["bcp", "gloro"])
+def test_training_lowers_the_loss_and_logs_every_epoch(runs, loss):
+    # At a constant epsilon and loss, so that the epochs can be compared.
+    log = runs.train(*loss, "--rampup", 0, "--lr_scheduler", "constant").log
+    assert [row["epoch"] for row in read_csv(log)] == ["1", "2", "3", "4"]
+    assert losses(log)[-1] < losses(log)[0]
+
+
+def test_bcp_and_gloro_are_different_losses(runs):
+    assert losses(runs.train(name="bcp").log)[0] != losses(runs.train("--gloro", name="gloro").log)[0]
+
+
+def test_the_log_follows_the_schedule(runs):
+    rows = read_csv(runs.train().log)
+    assert [float(row["epsilon"]) for row in rows] == [0.15, 0.3, 0.3, 0.3]
+    assert [float(row["kappa"]) for row in rows] == [0.5, 0, 0, 0]
+    assert [float(row["lr"]) for row in rows[:2]] == [5e-3, 5e-3]
+    assert float(rows[-1]["lr"]) == pytest.approx(5e-6)
+
+
+def test_epsilon_rises_from_batch_to_batch(runs, monkeypatch):
+    radii = []
+
+    def look(model, x, epsilon, norms, **options):
+        if torch.is_grad_enabled():
+            radii.append(epsilon)
+
+    watch_bounds(monkeypatch, look)
+    runs.train()
+    assert radii == pytest.approx([0.3 * min(batch / 8, 1) for batch in range(16)])  # 4 batches an epoch
+
+
+def test_the_same_seed_gives_the_same_run(runs):
+    first, again = runs.train(name="first"), runs.train(name="again")
+    assert without_seconds(first.log) == without_seconds(again.log)
+    states = [checkpoints.load_checkpoint(files.checkpoint)["state_dict"] for files in (first, again)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_another_seed_gives_another_run(runs):
+    assert losses(runs.train(name="first").log) != losses(runs.train("--seed", 1, name="other").log)
+
+
+def test_checkpoints_have_the_published_layout(runs):
+    files = runs.train()
+    for path in (files.best, files.checkpoint):
+        checkpoint = torch.load(path, weights_only=True)
+        assert checkpoint.keys() >= {"state_dict", "err", "epoch"}
+        assert "0.weight" in checkpoint["state_dict"]
+    assert checkpoint["epoch"] == 4
+
+
+def test_the_best_checkpoint_is_of_the_epoch_with_the_smallest_certified_error(runs):
+    files = runs.train()
+    errors = [float(row["validation_certified_error"]) for row in read_csv(files.log)]
+    best = torch.load(files.best, weights_only=True)
+    assert best["err"] == min(errors)
+    assert best["epoch"] == 1 + errors.index(min(errors))
+
+
+def test_thresholds_never_become_negative(runs):
+    # They start so low, and the steps are so long, that many would cross zero.
+    files = runs.train("--init", 0.01, "--lr", 0.05)
+    state = checkpoints.load_checkpoint(files.checkpoint)["state_dict"]
+    thresholds = torch.cat([value.flatten() for key, value in state.items() if key.endswith("threshold")])
+    assert thresholds.min() == 0
+
+
+def test_val_split_holds_out_training_images_and_leaves_the_test_set_alone(runs, few_digits, monkeypatch):
+    given_sets = []
+    monkeypatch.setattr(training_run, "train", lambda model, *sets_and_args: given_sets.extend(sets_and_args[:2]))
+    runs.train("--val_split", 28)
+    assert [len(images) for images in given_sets] == [100, 28]
+    pixels = sorted(image.numpy().tobytes() for images in given_sets for image in images.images)
+    assert pixels == sorted(image.numpy().tobytes() for image in few_digits[True].images)
+
+
+def test_without_val_split_the_test_set_picks_the_best_epoch(runs, few_digits, monkeypatch):
+    given_sets = []
+    monkeypatch.setattr(training_run, "train", lambda model, *sets_and_args: given_sets.extend(sets_and_args[:2]))
+    runs.train()
+    assert [len(images) for images in given_sets] == [128, 64]
+    assert torch.equal(given_sets[1].images, few_digits[False].images)
+
+
+# --- a run that is there already
+
+
+def test_a_second_run_on_a_prefix_is_refused_and_changes_nothing(runs):
+    runs.train("--epochs", 1, "--rampup", 0)
+    before = runs.contents()
+    with pytest.raises(InputError, match="--overwrite"):
+        runs.train()
+    assert runs.contents() == before
+
+
+def test_overwrite_starts_afresh(runs):
+    fresh = runs.train(name="fresh")
+    runs.train("--seed", 1)
+    assert without_seconds(runs.train("--overwrite").log) == without_seconds(fresh.log)
+
+
+# --- accidents
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(runs, monkeypatch):
+    runs.train_until(1)
+    before = runs.contents()
+    bcp_loss, batches = training_step.bcp_loss, iter(range(1, 5))
+
+    def nan_in_batch_3(*arguments):
+        return bcp_loss(*arguments) * (math.nan if next(batches) == 3 else 1)
+
+    monkeypatch.setattr(training_step, "bcp_loss", nan_in_batch_3)
+    with pytest.raises(TrainingDiverged, match=r"epoch 2, batch 3, at epsilon 0\.225;"):
+        runs.train("--resume")
+    assert runs.contents() == before
+
+
+DIE_WHILE_SAVING = """
+import os, signal
+import torch, train_mnist, utils
+
+load_data, save = utils.load_data, torch.save
+
+def save_half_and_die(checkpoint, path):
+    save(checkpoint, path)
+    os.truncate(path, os.path.getsize(path) // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = save_half_and_die
+utils.load_data = lambda data, data_dir, train: load_data(data, data_dir, train)[: 128 if train else 64]
+train_mnist.main()
+"""
+
+
+def test_kill_during_save_leaves_the_earlier_checkpoint(runs):
+    runs.train_until(1)
+    before = runs.contents()
+    answer = spawn("-c", DIE_WHILE_SAVING, *runs.flags(), "--resume")
+    assert answer.code == -signal.SIGKILL, answer.err
+    after = runs.contents()
+    assert {name: after[name] for name in before} == before
+    assert len(after) == len(before) + 1  # the half-written temporary file
+    assert [row["epoch"] for row in read_csv(runs.train("--resume").log)] == ["1", "2", "3", "4"]
+
+
+def test_weights_that_are_not_finite_are_never_saved(runs, monkeypatch):
+    runs.train("--epochs", 1, "--rampup", 0)
+    before = runs.contents()
+    step = training_step.Step.__call__
+
+    def spoil_the_last_step(self, *given):
+        loss, *others = step(self, *given)
+        self.loss.model[0].weight.data[0] = torch.nan
+        return loss * 0 + 1, *others
+
+    monkeypatch.setattr(training_step.Step, "__call__", spoil_the_last_step)
+    monkeypatch.setattr(training_run._Run, "_validate", lambda run, box: {})
+    with pytest.raises(TrainingDiverged, match="epoch 1"):
+        runs.train("--epochs", 1, "--rampup", 0, "--overwrite")
+    assert runs.contents() == before
+
+
+# --- convolutions in bfloat16
+
+
+@pytest.mark.parametrize("flags", [[], ["--bfloat16"], ["--bfloat16", "--global_epochs", 4]])
+def test_training_rounds_where_asked_to_and_validation_never_does(runs, monkeypatch, flags):
+    seen = []
+
+    def look(model, x, epsilon, norms, **options):
+        if isinstance(epsilon, float) and x.shape[0] > 1:
+            seen.append((model.training, norms.arithmetic.factors))
+
+    watch_bounds(monkeypatch, look)
+    runs.train(*flags)
+    assert set(seen) == {(True, torch.bfloat16 if flags else None), (False, None)}
+
+
+def test_training_in_bfloat16_learns_what_training_in_float32_does(runs):
+    exact = without_seconds(runs.train(name="exact").log)[-1]
+    rounded = without_seconds(runs.train("--bfloat16", name="rounded").log)[-1]
+    assert float(rounded["loss"]) != float(exact["loss"])
+    assert float(rounded["loss"]) == pytest.approx(float(exact["loss"]), rel=0.05)
+
+
+# --- epochs with the ball alone
+
+
+def watch_boxes(monkeypatch):
+    """Whether training and validation had a box, in the order of the batches."""
+    seen = []
+    watch_bounds(monkeypatch, lambda *args, box=True, **options: seen.append(box))
+    return seen
+
+
+def test_the_first_epochs_can_go_without_a_box(runs, monkeypatch):
+    seen = watch_boxes(monkeypatch)
+    runs.train("--global_epochs", 2)
+    batches = (len(seen) - 1) // 4  # training and validation; the first look lays out the singular vectors
+    assert seen == [True] + [False] * 2 * batches + [True] * 2 * batches
+
+
+def test_without_any_box_no_singular_vectors_are_kept(runs, capsys):
+    runs.train("--global_epochs", 4)
+    assert "singular vectors: 0.0 MB" in capsys.readouterr().out
+
+
+def test_scale_shortens_the_epochs_without_a_box_too(command_line):
+    command_line("--global_epochs", 300, "--scale", 0.1)
+    assert utils.training_arguments("", ["mnist"], train_mnist.DEFAULTS).global_epochs == 30
+
+
+def test_a_run_resumed_among_the_epochs_without_a_box_is_the_uninterrupted_one(runs):
+    flags = ["--global_epochs", 4, "--orthogonal"]
+    resumed = runs.train_in_two_parts(*flags, name="two parts")
+    whole = runs.train(*flags, name="whole")
+    for ours, theirs in zip(without_seconds(resumed.log), without_seconds(whole.log)):
+        for name in ours:
+            assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=0.02), name

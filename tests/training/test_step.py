@@ -1,0 +1,32 @@
+"""A step: what it counts, what its images weigh, and what becomes of losses that are not finite."""
+
+import math
+
+import pytest
+import torch
+
+from locallip.training.step import Tally
+
+RIGHT, WRONG, TIE, NAN = [3.0, 1.0, 0.0], [1.0, 3.0, 0.0], [2.0, 2.0, 0.0], [2.0, math.nan, 0.0]
+
+
+def tally_of(*batches):
+    tally = Tally(torch.device("cpu"))
+    for loss, logits, worst in batches:
+        label = torch.zeros(len(logits), dtype=torch.long)
+        tally.add(torch.tensor(loss), torch.tensor(logits), torch.tensor(worst), label)
+    return tally
+
+
+def test_tally_weighs_every_image_alike_whatever_its_batch():
+    tally = tally_of((1.0, [RIGHT, RIGHT, RIGHT], [RIGHT, RIGHT, WRONG]), (5.0, [WRONG], [WRONG]))
+    assert tally.means() == pytest.approx((2.0, 0.25, 0.5))
+
+
+@pytest.mark.parametrize("worst", [WRONG, TIE, NAN])
+def test_tally_certifies_by_a_strict_and_finite_margin_only(worst):
+    assert tally_of((0.0, [RIGHT, RIGHT], [RIGHT, worst])).means() == (0, 0, 0.5)
+
+
+def test_an_empty_tally_has_means():
+    assert tally_of().means() == (0, 0, 0)
