@@ -58,8 +58,13 @@ class ForEveryImage(torch.autograd.Function):
 
 
 def underflows(product: Tensor, *factors: Tensor) -> Tensor:
-    """Where a product is too small a number for its dtype though no factor is 0: bool."""
-    lost = product.abs() < torch.finfo(product.dtype).tiny
+    """Where a product is too small a number for its dtype though no factor is 0: bool.
+
+    A denormal number keeps a few digits, without which half precision would be lost at ordinary scales. Where denormals
+    are flushed, products and this limit are 0.
+    """
+    info = torch.finfo(product.dtype)
+    lost = product.abs() <= 64 * info.eps * info.tiny
     for factor in factors:
         lost = lost & (factor != 0)
     return lost

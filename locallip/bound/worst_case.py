@@ -14,15 +14,16 @@ def worst_logits(bound: Bound, y: Tensor, rounds: int = 1) -> Tensor:
 
     Entry j is f_j + max (w_j - w_y) . delta over the ball and the box at the last hidden layer, entry y is f_y. Every
     number of rounds gives an upper bound; more rounds use more of the box (paper, section 3.4). Where a square
-    underflows, a bound that allows for no rounding is NaN.
+    underflows, a bound that allows for no rounding is NaN. In float32 for a bound in half precision.
 
     y: (N,) labels. rounds: how often entries that leave the box are pinned to its face.
     """
-    direction = bound.last.weight - bound.last.weight[y].unsqueeze(1)  # (N, K, H)
-    to_upper = (bound.upper - bound.center).unsqueeze(1)  # (N, 1, H)
-    to_lower = (bound.lower - bound.center).unsqueeze(1)
+    wide = torch.promote_types(bound.center.dtype, torch.float32)  # squares of half precision are numbers in float32
+    weight, radius = bound.last.weight.to(wide), bound.radius.to(wide)[:, None, None]
+    direction = weight - weight[y].unsqueeze(1)  # (N, K, H)
+    to_upper = (bound.upper - bound.center).to(wide).unsqueeze(1)  # (N, 1, H)
+    to_lower = (bound.lower - bound.center).to(wide).unsqueeze(1)
     face = torch.where(direction > 0, to_upper, to_lower)  # (N, K, H) where the box ends in that direction
-    radius = bound.radius[:, None, None]
     pinned = _pinned(direction, face, radius, rounds)
 
     # At the optimum over the pinned entries, the free part is parallel to the direction with what radius is left.

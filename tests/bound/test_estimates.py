@@ -1,10 +1,11 @@
 """Estimates in low precision: close to the norms at any scale, and where a number is lost they certify nothing."""
 
+import copy
 import math
 
 import pytest
 import torch
-from oracles import clipped_relu, stack_of
+from oracles import clipped_maxmin, clipped_relu, relu, stack_of
 from torch import nn
 
 from locallip.bound import certificates
@@ -72,6 +73,25 @@ def test_estimates_in_half_precision_are_close_at_ordinary_scales(dtype, scale):
     torch.testing.assert_close(estimate.global_lipschitz.double(), proven.global_lipschitz, rtol=0.05, atol=0)
     assert estimate.lipschitz.isfinite().all()
     assert (estimate.lipschitz > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("activation", [clipped_relu, relu, clipped_maxmin])
+def test_radii_in_half_precision_are_close_to_those_in_float32(activation, dtype):
+    layers = [
+        *(nn.Conv2d(1, 8, 4, 2, 1), activation(8, 14, 14)),
+        *(nn.Conv2d(8, 8, 4, 2, 1), activation(8, 7, 7)),
+        *(nn.Flatten(), nn.Linear(392, 32), activation(32), nn.Linear(32, 10)),
+    ]
+    model, x = nn.Sequential(*layers), torch.rand(4, 1, 28, 28)
+    y = model(x).argmax(dim=1)
+    single, half = (
+        certified_radius(copy.deepcopy(model).to(kind), x.to(kind), y, certificate="estimate", limit=2.0).float()
+        for kind in (torch.float32, dtype)
+    )
+    # Margins of about 0.05 are rounded by 0.001 in bfloat16.
+    torch.testing.assert_close(half, single, rtol=0.2, atol=1e-3)
+    assert (single > 0.005).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -182,6 +202,16 @@ def test_a_worst_case_whose_squares_are_lost_certifies_nothing(weight, radius, r
 def test_a_worst_case_of_nothing_lost_is_what_it_was():
     worst = worst_logits(bound_at_the_last_layer([[0.0, 0.0], [3.0, 4.0]], 0.1), LABEL)
     torch.testing.assert_close(worst, torch.tensor([[1.0, 0.5]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("scale", "radius"), [(1.0, 1e-3), (1e-3, 1.0), (1e4, 1e-5), (1e-3, 1e-3)])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_squares_of_half_precision_are_not_lost(scale, radius, dtype, rounds):
+    bound = bound_at_the_last_layer([[0.0, 0.0], [3 * scale, 4 * scale]], radius, dtype)
+    worst = worst_logits(bound, LABEL, rounds)
+    assert worst.dtype == torch.float32
+    torch.testing.assert_close(worst, torch.tensor([[1.0, 5 * scale * radius]]), rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize(("weight", "radius"), [([[1.0, 2.0], [1.0, 2.0]], 1.0), ([[0.0, 0.0], [3.0, 4.0]], 0.0)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from locallip.bound.tensors import ForEveryImage, eliminating, unit
+from locallip.bound.tensors import ForEveryImage, eliminating, underflow_to_nan, underflows, unit
 
 
 @pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format])
@@ -34,3 +34,25 @@ def test_the_unit_of_nothing_is_nothing_and_of_what_overflows_not_a_number():
     assert torch.equal(unit_vectors[:2], torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
     assert torch.equal(lengths[:2], torch.tensor([5.0, 0.0]))
     assert unit(torch.tensor([[torch.inf, 0.0]]))[1].isnan().all()
+
+
+SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133, torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
+
+
+@pytest.mark.parametrize("dtype", SMALLEST)
+def test_a_product_underflows_where_less_than_a_percent_of_precision_is_left(dtype):
+    product = torch.tensor([0.0, 1.0, 32.0, 128.0, 1024.0], dtype=dtype) * SMALLEST[dtype]
+    assert underflows(product, torch.ones_like(product)).tolist() == [True, True, True, False, False]
+    assert underflows(-product, torch.ones_like(product)).tolist() == [True, True, True, False, False]
+    assert not underflows(product, torch.ones_like(product), torch.zeros_like(product)).any()
+
+
+@pytest.mark.parametrize("dtype", SMALLEST)
+def test_what_is_flushed_to_zero_underflows(dtype):
+    factor = torch.tensor([1e-3 if dtype == torch.float16 else torch.finfo(dtype).tiny ** 0.6], dtype=dtype)
+    assert torch.set_flush_denormal(True)
+    try:
+        assert underflow_to_nan(factor * factor * factor, factor).isnan().all()
+        assert underflow_to_nan(0 * factor, factor, 0 * factor) == 0
+    finally:
+        torch.set_flush_denormal(False)
