@@ -87,6 +87,7 @@ def outcome_of(images, certified=1):
         eliminated_columns=np.full((images, 3), 0.5),
         pgd_over_radius=np.ones((images, len(PGD_MULTIPLES)), bool),
         certified_over_radius=flags,
+        product_over_radius=flags,
     )
 
 
