@@ -88,14 +88,16 @@ def test_several_processes_find_what_one_does_to_the_last_digit(alone, together)
     for certificate in ("proven", "estimate"):
         one, several = alone[certificate], together[1][certificate]
         for name, column in vars(one["outcome"]).items():
-            assert np.array_equal(column, getattr(several["outcome"], name), equal_nan=True), (certificate, name)
+            np.testing.assert_array_equal(column, getattr(several["outcome"], name), f"{certificate}, {name}")
+        for description in (one["description"], several["description"]):
+            description.pop("stage_seconds", None)
         assert several["description"] == one["description"]
 
 
 def test_a_proof_by_several_processes_is_one_with_one_seed_and_one_failure_probability(together):
     description = together[1]["proven"]["description"]
     assert description["seed"] == 5
-    assert sum(description["decided"]) == 60
+    assert len(together[1]["proven"]["outcome"].decided_by) == 60
     assert description["failure_probability"] == 1e-6
 
 

@@ -87,6 +87,7 @@ def outcome_of(images, certified=1):
         eliminated_columns=np.full((images, 3), 0.5),
         pgd_over_radius=np.ones((images, len(PGD_MULTIPLES)), bool),
         certified_over_radius=flags,
+        product_over_radius=flags,
     )
 
 
@@ -275,7 +276,7 @@ def axes(outcome, tmp_path):
 
 def test_the_curves_pass_through_the_reported_accuracies(axes):
     curves = {line.get_label(): line for line in axes.lines}
-    clean, attacked, certified = (curves[name] for name in ("clean", "under PGD", "certified, local bound"))
+    clean, attacked, certified = (curves[name] for name in ("clean", "under PGD", "certified"))
     assert set(clean.get_ydata()) == {100}
     assert np.interp(0.3, attacked.get_xdata(), attacked.get_ydata()) == pytest.approx(50)
     assert np.interp(0.3, certified.get_xdata(), certified.get_ydata()) == pytest.approx(25)
@@ -283,7 +284,7 @@ def test_the_curves_pass_through_the_reported_accuracies(axes):
 
 
 def test_the_curve_of_the_global_bound_falls_at_its_radius(axes):
-    (curve,) = (line for line in axes.lines if line.get_label() == "certified, global bound")
+    (curve,) = (line for line in axes.lines if line.get_label() == "by the global bound")
     radius, accuracy = curve.get_xdata(), curve.get_ydata()
     assert (accuracy[radius < 0.0999] == 100).all()
     assert (accuracy[radius > 0.1001] == 0).all()

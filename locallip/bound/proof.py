@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from locallip.bound.activations import Activation
+from locallip.bound.dual.around import is_chain
 from locallip.bound.graph import Graph
 from locallip.bound.precision import own_precision
 from locallip.bound.proven_norms import ProvenNorms
@@ -27,15 +29,17 @@ def proof_stages(graph: Graph, x: Tensor, norms: ProvenNorms, effort: str = "dua
     """Global norms, then more and more Lanczos steps, then the dual.
 
     Where no activation treats its entries one by one, masks switch off columns alone, and the dual proves as much with
-    global norms; it comes right behind these then. x: (N, ...) images, of which only shape and dtype count.
+    global norms; it comes right behind these then. Where the dual cannot be asked (see `dual.around`), the stages are
+    those of the product. x: (N, ...) images, of which only shape and dtype count.
 
     Raises:
         ValueError: for an effort of another name.
     """
     refuse_effort(effort)
-    if effort == "product":
+    meanings = graph.meanings(x, norms.arithmetic)
+    if effort == "product" or not is_chain(meanings):
         return [_product_stage(norms, steps) for steps in LANCZOS_STEPS]
-    needs_masks = any(activation.elementwise for activation in graph.activations(x))
+    needs_masks = any(isinstance(meaning, Activation) and meaning.elementwise for _, meaning in meanings)
     *first, last = _STEPS_BEFORE_DUAL if needs_masks else _STEPS_BEFORE_DUAL[:1]
     # What fails by the product may hold by the dual, so only certificates settle anything before it.
     stages = [replace(_product_stage(norms, steps), from_below=False) for steps in first]

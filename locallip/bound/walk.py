@@ -188,6 +188,10 @@ class _Walk:
                 raise ValueError(
                     f"the activation at position {position} does not say by how much it rounds; a proof needs that"
                 )
+            if activation.rounding and self.norms.arithmetic.deployed:
+                raise ValueError(
+                    f"the activation at position {position} rounds, and its rounding in float32 is not bounded"
+                )
             region = region.widened(activation.rounding)
             rounding = rounding.behind_activation(activation.rounding, region.center[0].numel())
         columns, still_open = state.columns, state.open

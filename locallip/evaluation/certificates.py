@@ -44,6 +44,8 @@ class Estimate:
     only grow with further ones. Norms and margins reported are those of the stage that decided.
     """
 
+    effort = "product"
+
     def __init__(self, model: nn.Sequential, args: argparse.Namespace):
         self.model, self.args, self.clip = model, args, clip_range(args)
         self.global_vectors: dict[Position, Tensor] = {}
@@ -89,8 +91,8 @@ class Estimate:
             "eliminated_columns": columns,
         }
 
-    def at(self, x: Tensor, y: Tensor, epsilon: float) -> Tensor:
-        """Certified (N,) at another radius, by fewer iterations."""
+    def at(self, x: Tensor, y: Tensor, epsilon: float, effort: str) -> Tensor:
+        """Certified (N,) at another radius, by fewer iterations; there is one effort only."""
         self.norms.iterations, self.norms.local_vectors = max(10, self.args.test_sniter // 20), {}
         self.norms.local_positions = None
         bound = propagate(self.model, x, epsilon, self.norms, self.clip)
@@ -121,6 +123,7 @@ class Proven:
         # What --clip gains and --deployed costs is measured beside the certificate without them.
         self.plain_norms = proven_norms(*plan, seed=seed + 1) if compares else None
         self.knows_whole_norms = False
+        self.effort = args.effort
         self.stages = [stage.name for stage in proof_stages(Graph.of(self.model), x, self.norms, args.effort)]
 
     def __call__(self, x: Tensor, y: Tensor, fallen: Tensor, place: int = 0) -> Known:
@@ -131,7 +134,7 @@ class Proven:
         """
         x = x.double()
         self._restart(x, place)
-        proof = self._prove(x, y, self.args.epsilon, fallen)
+        proof = self._prove(x, y, self.args.epsilon, self.effort, fallen)
         counts = {"seconds": np.array(proof.seconds)}
         if self.plain_norms is not None:
             plain = prove(self.model, x, y, self.args.epsilon, self.plain_norms, None, self.args.effort, fallen)
@@ -148,8 +151,8 @@ class Proven:
         by = np.array([*self.stages, ""])[proof.stage.cpu().numpy()]
         return Known(columns, np.where((proof.worst_margin > 0).cpu(), by, ""), counts)
 
-    def _prove(self, x: Tensor, y: Tensor, epsilon: float, fallen: Tensor | None = None) -> Proof:
-        return prove(self.model, x, y, epsilon, self.norms, self.clip, self.args.effort, fallen)
+    def _prove(self, x: Tensor, y: Tensor, epsilon: float, effort: str, fallen: Tensor | None = None) -> Proof:
+        return prove(self.model, x, y, epsilon, self.norms, self.clip, effort, fallen)
 
     def _restart(self, x: Tensor, place: int) -> None:
         """Draw the batch's random numbers; those of the whole norms, which all batches share, come before all."""
@@ -160,9 +163,9 @@ class Proven:
             norms.restart(1 + place)
         self.knows_whole_norms = True
 
-    def at(self, x: Tensor, y: Tensor, epsilon: float) -> Tensor:
-        """Certified (N,) at another radius."""
-        return self._prove(x.double(), y, epsilon).worst_margin > 0
+    def at(self, x: Tensor, y: Tensor, epsilon: float, effort: str) -> Tensor:
+        """Certified (N,) at another radius, with that effort."""
+        return self._prove(x.double(), y, epsilon, effort).worst_margin > 0
 
     def describe(self, counts: dict[str, np.ndarray]) -> dict[str, Any]:
         """For the summary, from the counts of all batches."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -102,18 +103,23 @@ def _findings(
     place: int,
     curve: bool,
 ) -> Findings:
-    def certifies(places: Tensor, multiple: float) -> Tensor:
-        return certificate.at(x[places], y[places], multiple * args.epsilon)
+    def certifies(places: Tensor, multiple: float, effort: str) -> Tensor:
+        return certificate.at(x[places], y[places], multiple * args.epsilon, effort)
+
+    def over(effort: str, at_epsilon: Tensor) -> np.ndarray:
+        return over_radius(right_at_x, at_epsilon, partial(certifies, effort=effort), CERTIFIED_MULTIPLES, curve)
 
     known = certificate(x, y, fallen, place)
     found = known.columns
     found["certified"] = found["worst_margin"] > 0
-    at_both = found["margin"] > 0, found["certified"]
-    certified_over_radius = over_radius(*at_both, certifies, CERTIFIED_MULTIPLES, curve)
+    right_at_x = found["margin"] > 0
+    by_product = found["certified"] & torch.from_numpy(known.certified_by != "dual").to(x.device)
+    curves = {"product_over_radius": over("product", by_product)}
+    is_all = certificate.effort == "product"
+    curves["certified_over_radius"] = curves["product_over_radius"] if is_all else over("dual", found["certified"])
     columns = {name: column.cpu().numpy() for name, column in found.items()}
     decided_by = _decided_by(known.certified_by, attacked)
-    outcome = Outcome(**attacked, **columns, decided_by=decided_by, certified_over_radius=certified_over_radius)
-    return Findings(outcome, known.counts)
+    return Findings(Outcome(**attacked, **columns, **curves, decided_by=decided_by), known.counts)
 
 
 def _decided_by(certified_by: np.ndarray, attacked: dict[str, np.ndarray]) -> np.ndarray:

@@ -32,6 +32,7 @@ class Outcome:
     eliminated_columns: np.ndarray  # (N, L) the same of its columns
     pgd_over_radius: np.ndarray  # (N, R) 0 or 1 at PGD_MULTIPLES, NaN where it was not asked
     certified_over_radius: np.ndarray  # (N, R) the same at CERTIFIED_MULTIPLES
+    product_over_radius: np.ndarray  # (N, R) the same by the product of norms alone
 
     def is_open(self) -> int:
         """Number of images that nothing decided."""

@@ -16,7 +16,8 @@ from oracles import (
 )
 from torch import nn
 
-from local_bound import certified_radius, certify
+from local_bound import Graph, ProvenNorms, certified_radius, certify
+from locallip.bound.proof import proof_stages
 
 
 @pytest.fixture(autouse=True)
@@ -89,3 +90,20 @@ def test_an_effort_of_another_name_is_refused(ask, certificate):
             effort="guessed",
             **arguments,
         )
+
+
+@pytest.mark.parametrize(
+    ("layers", "asked"),
+    [
+        ([nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8)], True),
+        ([nn.Linear(6, 8), nn.ReLU(), nn.ReLU()], False),
+        ([nn.ReLU(), nn.Linear(6, 8), nn.ReLU()], False),
+    ],
+    ids=["linear last", "two activations in a row", "an activation first"],
+)
+def test_where_the_dual_cannot_be_asked_the_stages_are_those_of_the_product(layers, asked):
+    graph = Graph.of(nn.Sequential(*layers, nn.Linear(8, 3)).double())
+    x, norms = torch.rand(1, 6, dtype=torch.float64), ProvenNorms(1e-6, 100)
+    names = [[stage.name for stage in proof_stages(graph, x, norms, effort)] for effort in ("dual", "product")]
+    assert (names[0][-1] == "dual") == asked
+    assert (names[0] == names[1]) != asked

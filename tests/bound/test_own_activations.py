@@ -75,3 +75,8 @@ def test_a_declared_rounding_error_widens_the_box_and_costs_margin(squashing):
     y = none.logits.argmax(dim=1)
     margins = [worst_margin(worst_logits(bound, y, 1000), y) for bound in bounds]
     assert (margins[1] < margins[0] - 1e-5).all()
+
+
+def test_what_holds_in_float32_is_refused_where_an_activation_rounds(squashing):
+    with pytest.raises(ValueError, match=r"position 1 rounds, and its rounding in float32 is not bounded"):
+        propagate(squashing(1e-15), images(6), 0.1, ProvenNorms(1e-6, 100, deployed="float32"))

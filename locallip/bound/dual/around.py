@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from locallip.bound.activations import Activation
 from locallip.bound.bound import Bound, HiddenLayer
 from locallip.bound.dual.chain import Chain, Hidden
 from locallip.bound.dual.elementwise import ClippedLine
 from locallip.bound.norms import Norms
+from locallip.bound.operators import LinearOperator, Position
 from locallip.bound.proven_norms import ProvenNorms
+from locallip.bound.rules import Meaning
 from locallip.bound.walk import propagate
+
+
+def is_chain(meanings: Sequence[tuple[Position, Meaning]]) -> bool:
+    """Whether the dual can be asked about a network of such layers: see `chain_of`."""
+    behind: list[list[Activation]] = []
+    for _, meaning in meanings:
+        if isinstance(meaning, LinearOperator):
+            behind.append([])
+        elif isinstance(meaning, Activation):
+            if not behind:
+                return False
+            behind[-1].append(meaning)
+    known = all(a.in_dual() is not None for activations in behind for a in activations)
+    return bool(behind) and known and all(len(activations) <= 1 for activations in behind)
 
 
 def chain_of(
