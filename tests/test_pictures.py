@@ -30,10 +30,7 @@ for command in [[script, "--help"] for script in scripts] + [{evaluation!r}, {fa
         sys.modules.pop(name, None)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:
-            if command[0].endswith(".py"):
-                runpy.run_path(command[0], run_name="__main__")
-            else:
-                runpy.run_module(command[0], run_name="__main__")
+            runpy.run_path(command[0], run_name="__main__")
         except SystemExit as end:
             assert end.code == 0, (command, end.code)
     assert out.getvalue(), command
@@ -42,7 +39,6 @@ for command in [[script, "--help"] for script in scripts] + [{evaluation!r}, {fa
 DRIVERS = ["evaluate", "falsify"]
 SCRIPTS = [path.name for path in ROOT.glob("*.py") if "run_script(main)" in path.read_text()]
 SCRIPTS += [f"{folder}/{p.name}" for folder in ("TinyImagenet", "benchmarks") for p in (ROOT / folder).glob("*.py")]
-SCRIPTS += ["locallip.evaluation.table"]
 
 
 def test_no_script_imports_matplotlib_for_its_help_or_where_it_draws_nothing(saved_net):
@@ -79,7 +75,7 @@ def test_the_table_draws_trainings_for_a_notebook(tmp_path):
     folder.mkdir(parents=True)
     shutil.copy(ROOT / "results" / "mnist-4c3f" / "epochs.csv", folder)
     shutil.copy(ROOT / "README.md", tmp_path)
-    code = "from locallip.evaluation import table; from pathlib import Path; import sys\n"
+    code = "import table; from pathlib import Path; import sys\n"
     code += f"table.ROOT = Path({str(tmp_path)!r}); sys.argv = ['table']; table.main()"
     answer = spawn("-c", code, **ENVIRONMENTS["notebook"])
     assert (answer.code, answer.err) == (0, "")
