@@ -156,8 +156,8 @@ def _evaluate_checkpoint(args: argparse.Namespace) -> dict[str, Outcome]:
             seconds = unfinished.seconds() if unfinished else time.perf_counter() - started
             begun_with = argparse.Namespace(**run["arguments"])
             for number, (part, certificate) in enumerate(zip(found, certificates)):
-                how = certificate.describe(part.counts)
-                summary = summarize(part.outcome, begun_with, path, checkpoint.get("arguments"), how, seconds)
+                how, stages = certificate.describe(part.counts), part.counts.get("seconds", np.empty(0)).tolist()
+                summary = summarize(part.outcome, begun_with, path, checkpoint.get("arguments"), how, seconds, stages)
                 print(as_text(summary))
                 if args.out:
                     for written in report.write(folders[number], part.outcome, summary):

@@ -17,6 +17,10 @@ import utils
 from data_load import load_data
 from locallip.training import run as training_run
 
+# Tiny networks gain nothing from a second thread, and the suite runs a process on every core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 pytest.register_assert_rewrite("oracles", "contracts_of_layers", "contracts_of_operators")
 
 ROOT = Path(__file__).resolve().parent.parent

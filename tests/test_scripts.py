@@ -134,7 +134,7 @@ JOBS = {
     "evaluate-tinyimagenet-8c2f-maxmin": f"{FOUR} TinyImagenet/evaluate_tinyimagenet.py --model tiny_clmaxmin "
     "--saved_model pretrained/maxmin/tiny_8C2F_maxmin",
 }
-OTHER_JOBS = {"demo", "test", "bench", "table", "tinyimagenet-data"}
+OTHER_JOBS = {"demo", "test", "test-oldest", "bench", "table", "tinyimagenet-data"}
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_training_and_evaluation_agree_on_the_net_and_its_prefix(run_job, model)
     assert evaluated["--saved_model"] == [f"pretrained/{trained['--prefix'][0]}"]
 
 
-@pytest.mark.parametrize(("job", "script"), [("demo", "train_mnist.py"), ("test", "-m"), ("table", "-m")])
+@pytest.mark.parametrize(("job", "script"), [("demo", "train_mnist.py"), ("test", "-m"), ("table", "table.py")])
 def test_the_other_jobs_start_their_scripts(run_job, job, script):
     assert run_job(job).out.splitlines()[0] == script
 
@@ -351,7 +351,8 @@ def test_a_broken_certificate_is_shouted(trained, evaluated, call, monkeypatch):
     answer = call("evaluate", *EVALUATE, "--saved_model", trained[1])
     assert answer.code == 1
     assert "BROKEN CERTIFICATE" in answer.err
-    assert counts(answer.out)["certified"] == counts(evaluated[0].out)["certified"]
+    # The dual is not asked about what is known to fall; what the product certifies stays certified, and is shouted.
+    assert 0 < counts(answer.out)["certified"] <= counts(evaluated[0].out)["certified"]
 
 
 def test_nan_counts_as_not_certified_and_is_reported(trained, call, monkeypatch, tmp_path):

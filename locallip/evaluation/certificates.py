@@ -177,7 +177,6 @@ class Proven:
             "deployed": self.args.deployed,
             "clip": self.args.clip,
             "stages": self.stages,
-            "stage_seconds": [round(seconds, 1) for seconds in counts["seconds"].tolist()],
             "certified_plain": None if self.plain_norms is None else int(counts["certified_plain"].item()),
         }
 

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import math
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ def summarize(
     training: dict | None,
     certificate: dict,
     seconds: float,
+    stage_seconds: Sequence[float] = (),
 ) -> dict:
     """The evaluation in numbers, ready for JSON.
 
     checkpoint: the evaluated file. training: the arguments it was trained with, if it knows. certificate: its `kind`,
-    `proven` or `estimate`, and what belongs to it. seconds: wall time.
+    `proven` or `estimate`, and what belongs to it. seconds: wall time. stage_seconds: the same of its stages.
     """
     return {
         "arguments": vars(args),
@@ -56,6 +58,7 @@ def summarize(
         "not_a_number": int(np.isnan(outcome.worst_margin).sum()),
         "certified_but_broken_by_pgd": int((outcome.certified & ~outcome.pgd).sum()),
         "seconds": round(seconds, 1),
+        "stage_seconds": [round(stage, 1) for stage in stage_seconds],
         "versions": versions(),
         "hardware": _hardware(args.device),
     }
