@@ -20,13 +20,7 @@ import torch
 from locallip import tiny_imagenet
 from locallip.dependencies import datasets
 from locallip.files import InputError, expand_home, first_line
-from locallip.images import (  # noqa: F401
-    ImageSet,
-    batch_sizes,
-    channels_last,
-    crop_and_flip,
-    hold_out,
-)
+from locallip.images import ImageSet
 
 
 @dataclass(frozen=True)

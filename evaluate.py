@@ -20,6 +20,7 @@ from data_load import DATA_SETS, count_classes, load_data
 from locallip import distributed, flags
 from locallip.bound.proof import EFFORTS
 from locallip.bound.proven_norms import DEPLOYED
+from locallip.checkpoints import load_checkpoint, load_weights
 from locallip.evaluation import report
 from locallip.evaluation.certificates import Estimate, Proven
 from locallip.evaluation.evaluation import evaluate
@@ -27,7 +28,7 @@ from locallip.evaluation.outcome import Outcome
 from locallip.evaluation.plan import Plan
 from locallip.evaluation.summary import as_text, summarize, versions
 from locallip.evaluation.unfinished import Unfinished, begin, images_sha256, source_sha256
-from locallip.files import InputError
+from locallip.files import InputError, exists, run_script
 from locallip.images import ImageSet
 
 
@@ -93,7 +94,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[
     with distributed.all_or_none():
         device = distributed.select_device(args.device)
         path = find_checkpoint(args.saved_model)
-        checkpoint = utils.load_checkpoint(path)
+        checkpoint = load_checkpoint(path)
     trained = checkpoint.get("arguments")
     trained = trained if isinstance(trained, dict) else {}
     for name, kind, otherwise in (("data", str, "mnist"), ("model", str, "relux"), ("width", int | float, 1.0)):
@@ -103,7 +104,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[
             raise InputError(f"{path} does not say what it was trained with: its {name} is {getattr(args, name)!r}")
     classes = count_classes(args.data, args.data_dir)
     model = utils.select_model(args.data, args.model, width=args.width, classes=classes)
-    utils.load_weights(model, checkpoint["state_dict"], str(path))
+    load_weights(model, checkpoint["state_dict"], str(path))
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if args.epsilon is None:
         args.epsilon = DATA_SETS[args.data].epsilon
@@ -115,7 +116,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[
 def find_checkpoint(saved_model: str) -> Path:
     """The file of that name, or the best checkpoint of the run with that prefix."""
     for path in (Path(saved_model), Path(saved_model + "_best.pth")):
-        if utils.exists(path) and path.is_file():
+        if exists(path) and path.is_file():
             return path
     raise InputError(f"no checkpoint: neither {saved_model} nor {saved_model}_best.pth is a file")
 
@@ -201,4 +202,4 @@ def _complain_of_broken_certificates(outcome: Outcome, kind: str) -> bool:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

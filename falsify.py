@@ -16,13 +16,13 @@ import torch
 from tqdm import tqdm
 
 import evaluate
-import utils
 from local_bound import propagate, prove
 from locallip import distributed, flags
 from locallip.bound.proof import LANCZOS_STEPS, proven_norms
 from locallip.evaluation import pictures
 from locallip.evaluation.attacks import attack_labels, attack_slopes
 from locallip.evaluation.report import refuse_existing
+from locallip.files import InputError, check_writable, run_script, write_csv
 
 
 def main() -> None:
@@ -37,9 +37,9 @@ def main() -> None:
     distributed.refuse_several()
     model, images, _, _ = evaluate.load(args)
     if args.epsilon == 0:
-        raise utils.InputError("there is nothing to attack at --epsilon 0")
+        raise InputError("there is nothing to attack at --epsilon 0")
     if args.out:
-        utils.check_writable(Path(args.out))
+        check_writable(Path(args.out))
         refuse_existing(Path(args.out) / "attacks.csv", args.overwrite)
     torch.manual_seed(args.seed)
     exact = copy.deepcopy(model).double()
@@ -81,7 +81,7 @@ def finish(columns: dict[str, np.ndarray], images: int, epsilon: float, restarts
         )
     if folder:
         rows = [{name: values[i] for name, values in columns.items()} for i in range(count)]
-        utils.write_csv(folder / "attacks.csv", rows, list(columns))
+        write_csv(folder / "attacks.csv", rows, list(columns))
         picture = folder / "bounds_and_slopes.png"
         with pictures.drawing(picture) as axes:
             bounds = columns["global_bound"], columns["local_bound"]
@@ -93,4 +93,4 @@ def finish(columns: dict[str, np.ndarray], images: int, epsilon: float, restarts
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

@@ -8,6 +8,7 @@ import utils
 from data_load import DATA_SETS
 from locallip import distributed, flags
 from locallip.evaluation.table import Row, refresh
+from locallip.files import run_script
 
 ROOT = Path(__file__).resolve().parent
 
@@ -26,4 +27,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

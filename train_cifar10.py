@@ -1,6 +1,7 @@
 """Train a certifiably robust network on CIFAR-10. The defaults are the paper's run; `--help` lists the flags."""
 
 import utils
+from locallip.files import run_script
 
 DATA_SETS = utils.data_sets("cifar10")
 DEFAULTS = utils.RECIPES["cifar10"].defaults
@@ -11,4 +12,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

@@ -1,4 +1,4 @@
-"""Architectures, hyper-parameters and checkpoint files: what training and evaluation have to agree on."""
+"""Architectures, flags and hyper-parameters: what training and evaluation have to agree on."""
 
 from __future__ import annotations
 
@@ -14,20 +14,7 @@ from torch import nn
 from data_load import DATA_SETS, count_classes, load_data
 from locallip import distributed
 from locallip.bound.layers import ClampGroupSort, ReLU_x
-from locallip.checkpoints import load_checkpoint, load_weights, save_checkpoint  # noqa: F401
-from locallip.files import (  # noqa: F401
-    InputError,
-    ScriptError,
-    check_writable,
-    exists,
-    expand_home,
-    fail,
-    first_line,
-    keep_freed_memory,
-    run_script,
-    write_atomically,
-    write_csv,
-)
+from locallip.files import InputError
 from locallip.flags import (
     ArgumentParser,
     natural_float,

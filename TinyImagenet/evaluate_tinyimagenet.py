@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluate
 import utils
+from locallip.files import run_script
 
 DATA_DIR = os.path.relpath(Path(__file__).resolve().parent / "data")
 BATCH_SIZE = utils.RECIPES["tinyimagenet"].defaults["test_batch_size"]
@@ -19,4 +20,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
+from locallip.files import run_script
 
 DATA_DIR = os.path.relpath(Path(__file__).resolve().parent / "data")
 DATA_SETS = utils.data_sets("tinyimagenet")
@@ -21,4 +22,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

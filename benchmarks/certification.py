@@ -20,12 +20,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluate
-import utils
 from local_bound import propagate, prove
 from locallip import distributed, flags
 from locallip.bound.power_iteration import PowerIteration
 from locallip.bound.proof import proven_norms
 from locallip.bound.worst_case import worst_logits, worst_margin
+from locallip.files import InputError, check_writable, exists, run_script, write_atomically
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
@@ -34,11 +34,11 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
     Raises:
         InputError: if they cannot, or if there is something of that name and `overwrite` is False.
     """
-    if utils.exists(path) and path.is_dir():
-        raise utils.InputError(f"{path} is a folder; name a file with --json")
-    if not overwrite and utils.exists(path):
-        raise utils.InputError(f"{path} exists; choose another --json, or --overwrite")
-    utils.check_writable(path.parent)
+    if exists(path) and path.is_dir():
+        raise InputError(f"{path} is a folder; name a file with --json")
+    if not overwrite and exists(path):
+        raise InputError(f"{path} exists; choose another --json, or --overwrite")
+    check_writable(path.parent)
 
 
 def timed(work: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor, float]:
@@ -112,8 +112,8 @@ def main() -> None:
     )
     if args.json:
         text = json.dumps(figures, indent=2) + "\n"
-        utils.write_atomically(Path(args.json), lambda temporary: temporary.write_text(text))
+        write_atomically(Path(args.json), lambda temporary: temporary.write_text(text))
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

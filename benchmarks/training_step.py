@@ -38,6 +38,7 @@ from locallip.bound.fused import compile_activations
 from locallip.bound.power_iteration import PowerIteration
 from locallip.bound.proof import proven_norms
 from locallip.bound.worst_case import global_radius
+from locallip.files import run_script, write_atomically
 from locallip.images import channels_last
 from locallip.training.step import Layout, RobustLoss, Step
 from locallip.training.vectors import StoredVectors
@@ -239,7 +240,7 @@ def main() -> None:
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians of {options.repeats} steps")
     print("(fastest to slowest), in bold the ratio to the plain step of the same run\n")
     print(table(results))
-    utils.write_atomically(path, lambda temporary: temporary.write_text(json.dumps(figures, indent=2) + "\n"))
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(figures, indent=2) + "\n"))
     print(f"\n{path}")
 
 
@@ -251,4 +252,4 @@ def _processor() -> str:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    run_script(main)

@@ -15,6 +15,8 @@ import torch
 import train_mnist
 import utils
 from data_load import load_data
+from locallip.checkpoints import save_checkpoint
+from locallip.files import run_script
 from locallip.training import run as training_run
 
 # Tiny networks gain nothing from a second thread, and the suite runs a process on every core.
@@ -67,7 +69,7 @@ def call(command_line, capsys):
         command_line(*flags)
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
-            utils.run_script(importlib.import_module(script).main)
+            run_script(importlib.import_module(script).main)
         return Answer(exit.value.code, *capsys.readouterr())
 
     return run
@@ -97,7 +99,7 @@ def tiny_net():
 def saved_net(tmp_path, tiny_net):
     """The file of an untrained tiny net."""
     path = tmp_path / "net_best.pth"
-    utils.save_checkpoint(path, {"state_dict": tiny_net.state_dict(), "err": 1.0, "epoch": 0})
+    save_checkpoint(path, {"state_dict": tiny_net.state_dict(), "err": 1.0, "epoch": 0})
     return path
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import TINY, spawn
 
-import utils
 from data_load import DATA_SETS
+from locallip.checkpoints import load_checkpoint, save_checkpoint
 
 
 def contents(folder):
@@ -178,7 +178,7 @@ def truncate(path):
 def save_state(path, change):
     state = torch.load(path, weights_only=True)["state_dict"]
     change(state)
-    utils.save_checkpoint(path, {"state_dict": state, "err": 1.0, "epoch": 0})
+    save_checkpoint(path, {"state_dict": state, "err": 1.0, "epoch": 0})
 
 
 @pytest.mark.parametrize(
@@ -326,13 +326,13 @@ def test_an_estimate_does_not_pretend_to_more(evaluation_refused, saved_net, fla
 
 
 def test_a_checkpoint_with_foreign_arguments_is_evaluated_by_the_flags(call, saved_net):
-    checkpoint = utils.load_checkpoint(saved_net)
-    utils.save_checkpoint(saved_net, checkpoint | {"arguments": "a string"})
+    checkpoint = load_checkpoint(saved_net)
+    save_checkpoint(saved_net, checkpoint | {"arguments": "a string"})
     assert call("evaluate", *TINY, "--saved_model", saved_net, "--images", 2, "--epsilon", 0.01).code == 0
 
 
 @pytest.mark.parametrize("arguments", [{"width": "wide"}, {"model": ["relux"]}, {"data": None}], ids=str)
 def test_a_checkpoint_that_says_nonsense_about_its_training_is_refused(call, saved_net, arguments):
-    checkpoint = utils.load_checkpoint(saved_net)
-    utils.save_checkpoint(saved_net, checkpoint | {"arguments": arguments})
+    checkpoint = load_checkpoint(saved_net)
+    save_checkpoint(saved_net, checkpoint | {"arguments": arguments})
     assert_refused(call("evaluate", "--saved_model", saved_net, "--images", 2), "does not say what")

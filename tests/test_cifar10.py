@@ -20,10 +20,12 @@ import evaluate
 import train_cifar10
 import utils
 from data_load import DATA_SETS, load_data
+from locallip.bound.layers import ClampGroupSort, ReLU_x
+from locallip.checkpoints import save_checkpoint
 from locallip.dependencies import datasets
+from locallip.files import InputError
 from locallip.images import ImageSet, crop_and_flip
 from locallip.training import run as training_run
-from utils import ClampGroupSort, InputError, ReLU_x
 
 MODELS = ("relux", "c6f2_relux", "c6f2_clmaxmin", "standrelu")
 CLIPPED = ("relux", "c6f2_relux")
@@ -220,7 +222,7 @@ def test_the_published_evaluation_lines_parse(command_line, model):
 def test_evaluation_takes_from_the_checkpoint_and_the_paper_what_is_not_given(command_line, tmp_path, monkeypatch):
     trained = {"data": "cifar10", "model": "c6f2_clmaxmin", "width": 0.1}
     state = utils.select_model(**trained).state_dict()
-    utils.save_checkpoint(tmp_path / "net.pth", {"state_dict": state, "arguments": trained})
+    save_checkpoint(tmp_path / "net.pth", {"state_dict": state, "arguments": trained})
     monkeypatch.setattr(evaluate, "load_data", lambda *_, **__: ImageSet(torch.zeros(1, 3, 32, 32), torch.zeros(1)))
     command_line("--saved_model", tmp_path / "net.pth", "--device", "cpu")
     args = evaluate.arguments()

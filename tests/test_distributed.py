@@ -224,7 +224,7 @@ RUN += ["--test_sniter", 2, "--sniter", 1]
 FEW_DIGITS = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import train_mnist, utils
+import locallip.files, train_mnist, utils
 from locallip.training.step import Step
 
 load_data, step = utils.load_data, Step.__call__
@@ -239,7 +239,7 @@ def die_in_the_second_epoch(self, *given):
 
 Step.__call__ = die_in_the_second_epoch
 utils.load_data = lambda data, data_dir, train: load_data(data, data_dir, train)[: 130 if train else 21]
-utils.run_script(train_mnist.main)
+locallip.files.run_script(train_mnist.main)
 """
 
 

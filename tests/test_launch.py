@@ -105,7 +105,7 @@ distributed._MEETING = timedelta(seconds={seconds})
 distributed._SECONDS_FOR_TORCHRUN = locallip.files._SECONDS_FOR_RANK_0 = 0
 load_data = utils.load_data
 utils.load_data = lambda data, data_dir, train: load_data(data, data_dir, train)[: 66 if train else 21]
-utils.run_script(train_mnist.main)
+locallip.files.run_script(train_mnist.main)
 """
 
 

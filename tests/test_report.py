@@ -15,7 +15,7 @@ import utils
 from locallip.evaluation import pictures, report, table
 from locallip.evaluation.outcome import CERTIFIED_MULTIPLES, PGD_MULTIPLES, Outcome
 from locallip.evaluation.summary import as_text, summarize, wilson_interval
-from utils import InputError
+from locallip.files import InputError
 
 ROWS = [table_script.row(run) for run in utils.RUNS]
 

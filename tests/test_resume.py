@@ -15,8 +15,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY, spawn
 
-import utils
 from locallip import files
+from locallip.checkpoints import load_checkpoint, save_checkpoint
 from locallip.evaluation import evaluation, unfinished
 from locallip.evaluation.plan import Plan, seed_of
 
@@ -204,8 +204,8 @@ def test_other_flags_do_not_go_on_with_it(call, flags, stopped, others, said):
 
 def test_another_checkpoint_does_not_go_on_with_it(call, flags, stopped, saved_net):
     out = stopped()
-    checkpoint = utils.load_checkpoint(saved_net)
-    utils.save_checkpoint(saved_net, checkpoint | {"epoch": 1})
+    checkpoint = load_checkpoint(saved_net)
+    save_checkpoint(saved_net, checkpoint | {"epoch": 1})
     assert_refused(call("evaluate", *flags, "--out", out, "--resume"), "other checkpoint")
 
 

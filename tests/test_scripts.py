@@ -14,6 +14,7 @@ import evaluate
 import train_mnist
 import utils
 from locallip.evaluation import attacks, certificates, evaluation
+from locallip.files import InputError, run_script
 
 SCRIPTS = ["train_mnist", "train_cifar10", "train_tinyimagenet", "evaluate", "evaluate_tinyimagenet"]
 
@@ -73,7 +74,7 @@ def test_the_published_evaluation_command_parses(command_line):
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (utils.InputError("no such thing"), 2),
+        (InputError("no such thing"), 2),
         (KeyboardInterrupt(), 130),
         (torch.OutOfMemoryError("CUDA out of memory"), 1),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nfurther lines"), 1),
@@ -85,7 +86,7 @@ def test_scripts_end_with_the_code_of_what_went_wrong(error, code, capsys):
         raise error
 
     with pytest.raises(SystemExit) as exit:
-        utils.run_script(main)
+        run_script(main)
     assert exit.value.code == code
     assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -95,7 +96,7 @@ def test_an_error_of_the_program_keeps_its_traceback():
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        utils.run_script(main)
+        run_script(main)
 
 
 # --- jobs

@@ -24,6 +24,7 @@ from local_bound import propagate
 from locallip import tiny_imagenet
 from locallip.bound.layers import ClampGroupSort, ReLU_x
 from locallip.bound.power_iteration import PowerIteration
+from locallip.checkpoints import save_checkpoint
 
 WNIDS = ["n03", "n01", "n02"]  # not in the order of the labels
 PER_CLASS = {True: 4, False: 2}
@@ -508,7 +509,7 @@ def test_training_and_evaluation_run_on_a_part_of_the_set(data_dir, call, tmp_pa
 
 def test_a_net_for_all_classes_is_not_evaluated_on_a_part_of_them(data_dir, call, tmp_path):
     model = utils.select_model("tinyimagenet", "tinyimagenet_relux", width=0.02)
-    utils.save_checkpoint(tmp_path / "net.pth", {"state_dict": model.state_dict()})
+    save_checkpoint(tmp_path / "net.pth", {"state_dict": model.state_dict()})
     flags = ["--width", 0.02, "--model", "tinyimagenet_relux", "--saved_model", tmp_path / "net.pth"]
     answer = call("evaluate_tinyimagenet", "--data_dir", data_dir, "--device", "cpu", *flags)
     assert (answer.code, len(answer.err.splitlines())) == (2, 1)

@@ -6,8 +6,9 @@ from torch import nn
 import utils
 from data_load import DATA_SETS
 from local_bound import propagate
+from locallip.bound.layers import ClampGroupSort, ReLU_x
 from locallip.bound.power_iteration import PowerIteration
-from utils import ClampGroupSort, InputError, ReLU_x
+from locallip.files import InputError
 
 # --- activations
 

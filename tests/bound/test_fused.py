@@ -11,13 +11,13 @@ from conftest import ROOT
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data_load import channels_last
 from local_bound import bcp_loss, propagate, worst_logits
 from locallip.bound import fused, worst_case
 from locallip.bound.activations import Clip, ClippedMaxMin
 from locallip.bound.fused import activation, through_activation
 from locallip.bound.layers import ClampGroupSort, ReLU_x
 from locallip.bound.power_iteration import PowerIteration
+from locallip.images import channels_last
 from locallip.training.step import Layout, RobustLoss, Step
 from locallip.training.vectors import StoredVectors
 

@@ -9,6 +9,7 @@ from oracles import train_a_little
 
 import utils
 from locallip.bound.proof import LANCZOS_STEPS
+from locallip.checkpoints import save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +17,7 @@ def checkpoint(digits, tmp_path_factory):
     torch.manual_seed(0)
     model = train_a_little(utils.select_model("digits", "relux", width=WIDTH), digits[True], steps=60)
     path = tmp_path_factory.mktemp("net") / "net_best.pth"
-    utils.save_checkpoint(path, {"state_dict": model.state_dict(), "err": 1.0, "epoch": 0})
+    save_checkpoint(path, {"state_dict": model.state_dict(), "err": 1.0, "epoch": 0})
     return path
 
 
