@@ -1,0 +1,326 @@
+"""Reading a network off one run of it: which layers and functions its images go through.
+
+The network runs as it is, in plain PyTorch, on random images. A `TorchFunctionMode` sees every call of a function or
+a tensor's method, global hooks see every module. A module with a rule is one node, and so is a call that means such a
+layer; every other module is looked into. What would make the reading wrong for other images ends it: a value that
+leaves the tensors (`if x.sum() > 0`, `.item()`, `.numpy()`).
+
+`torch.export` reads the same graph, but takes modules with a rule of the user's apart and ten to a hundred times as
+long; `torch.fx` dies of `len(x)` and `if x.shape[1] != 3`.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from locallip.bound.calls import Call, NoTranslationError, Step, translate
+from locallip.bound.nodes import IMAGES, Node, Obstacle, Refusal
+from locallip.bound.operators import Position
+from locallip.bound.precision import own_precision
+from locallip.bound.rules import has_rule, no_rule
+
+# Images of the run: another number than there are channels, classes or dimensions, so that they are told apart.
+_IMAGES = 3
+# Files between a call and the line of the user's that makes it.
+_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+# What says nothing about the values of a tensor.
+_ABOUT = {
+    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.stride),
+    *(Tensor.is_contiguous, Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device, Tensor.element_size),
+    *(torch.numel, torch.is_floating_point, torch.is_complex, Tensor.__repr__, Tensor.__hash__),
+}
+_ABOUT |= {
+    getattr(Tensor, name).__get__
+    for name in (
+        *("shape", "ndim", "dtype", "device", "layout", "requires_grad", "grad_fn", "is_leaf", "is_cuda", "is_cpu"),
+        *("is_sparse", "is_quantized", "is_nested", "is_meta", "is_mkldnn", "_version", "itemsize", "nbytes"),
+    )
+}
+_BY_VALUE = Obstacle(
+    "", "a graph holds for all images only if nothing but their shape decides what happens; say it with tensors"
+)
+
+
+@dataclass
+class Captured:
+    """What one run has shown.
+
+    Attributes:
+        nodes: in the order of the calls.
+        output: position of the node that makes the logits.
+        shape: of one image's output.
+        computed: tensors that the run has computed from others than the images, and that a node is made of.
+    """
+
+    nodes: list[Node] = field(default_factory=list)
+    output: Position | None = IMAGES
+    shape: torch.Size = field(default_factory=torch.Size)
+    computed: list[Tensor] = field(default_factory=list)
+
+
+def capture(model: nn.Module, x: Tensor) -> Captured:
+    """Run a network in eval mode on random images like x (N, ...), of which only shape, dtype and device count.
+
+    Raises:
+        Refusal: names all that has no rule, each with its place, the user's line and a way out.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(_IMAGES, *x.shape[1:], generator=generator, dtype=torch.float64, device="cpu")
+    reader = _Reader(model, images.to(x.device, x.dtype))
+    with torch.inference_mode(False), own_precision(x.device), reader.watching():
+        try:
+            output = model(reader.images)
+        except _Stop:
+            raise Refusal(reader.obstacles) from None
+        except Exception as error:
+            if reader.obstacles:
+                raise Refusal(reader.obstacles) from error
+            raise
+    return reader.finish(output)
+
+
+class _Stop(BaseException):
+    """Ends a run that nothing more can be learnt from; no `except Exception` of the user's may hold it."""
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A tensor of the run: kept, so that its identity is its own, with its version, which changes in place."""
+
+    tensor: Tensor
+    position: Position | None
+    version: int
+
+
+class _Reader(TorchFunctionMode):
+    """Follows the images through a run."""
+
+    def __init__(self, model: nn.Module, images: Tensor):
+        super().__init__()
+        self.images, self.obstacles = images, []
+        self._captured = Captured()
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._traced: dict[int, _Traced] = {}
+        self._computed: dict[int, Tensor] = {}
+        self._inside: list[nn.Module] = []
+        self._leaf: nn.Module | None = None
+        self._names: set[Position] = set()
+        self._thread = threading.get_ident()
+        self._trace(images, IMAGES)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """See all functions and modules that are called meanwhile."""
+        with ExitStack() as stack:
+            for handle in (
+                register_module_forward_pre_hook(self._enter),
+                register_module_forward_hook(self._leave, with_kwargs=True),
+            ):
+                stack.callback(handle.remove)
+            stack.enter_context(self)
+            yield
+
+    def finish(self, output: Any) -> Captured:
+        """What was read, given what the network has returned."""
+        if not isinstance(output, Tensor):
+            self.obstacles.append(
+                Obstacle(
+                    f"the network gives a {type(output).__name__}, not one tensor of logits",
+                    "wrap it in a module whose forward returns the logits alone",
+                )
+            )
+        elif not self.obstacles and not self._depends(output):
+            self.obstacles.append(Obstacle("the logits do not come from the images by calls that can be seen"))
+        if self.obstacles:
+            raise Refusal(self.obstacles)
+        result = self._captured
+        result.output, result.shape = self._position(output), output.shape[1:]
+        return result
+
+    # --- modules -----------------------------------------------------------------------------------------------------
+
+    def _enter(self, module: nn.Module, args: tuple) -> None:
+        if threading.get_ident() != self._thread or self._leaf is not None:
+            return
+        self._inside.append(module)
+        if _is_leaf(module):
+            self._leaf = module
+
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if threading.get_ident() != self._thread or self._leaf not in (None, module):
+            return
+        if module is self._leaf:
+            self._leaf = None
+            inputs = [value for value in (*args, *kwargs.values()) if self._depends(value)]
+            if inputs:
+                self._read_leaf(module, inputs, output)
+            elif isinstance(output, Tensor):
+                self._computed[id(output)] = output
+        self._inside.pop()
+
+    def _read_leaf(self, module: nn.Module, inputs: list[Tensor], output: Any) -> None:
+        position = self._name(_position(self._path(module)))
+        if not has_rule(module):
+            self._refuse(no_rule(position, module, _line()), output)
+        elif len(inputs) != 1 or not isinstance(output, Tensor):
+            what = f"{type(module).__name__} at position {position}{_line(' ({})')} takes or gives several tensors"
+            self._refuse(Obstacle(what), output)
+        else:
+            self._record(Node(position, module, (self._position(inputs[0]),), inputs[0].shape[1:], _line()), output)
+
+    def _path(self, module: nn.Module) -> str:
+        return self._paths.get(id(module), f"<{type(module).__name__} that the network does not list>")
+
+    # --- calls -------------------------------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._leaf is not None or threading.get_ident() != self._thread or function in _ABOUT:
+            return function(*args, **kwargs)
+        tensors = list(_tensors((args, kwargs)))
+        inputs = [tensor for tensor in tensors if self._depends(tensor)]
+        if not inputs:
+            result = function(*args, **kwargs)
+            self._computed.update({id(t): t for t in _tensors(result) if tensors})
+            return result
+        self._refuse_training(function, args, kwargs)
+        positions = {id(tensor): self._position(tensor) for tensor in inputs}
+        shapes = {id(tensor): tensor.shape[1:] for tensor in inputs}
+        result = function(*args, **kwargs)
+        if not any(True for _ in _tensors(result)):
+            what = f"{_called(function)}{self._where()} takes a value out of the network"
+            self._stop(Obstacle(what, _BY_VALUE.way_out))
+        try:
+            step = translate(function, args, kwargs, Call(self._depends, result))
+        except NoTranslationError as reason:
+            self._refuse(_unknown(function, self._where(), str(reason)), result)
+            return result
+        self._captured.computed += [t for t in tensors if id(t) in self._computed]
+        position = self._apply(step, function, positions, shapes)[0]
+        self._trace(result, position)
+        return result
+
+    def _apply(
+        self, step: Step, function: Callable[..., Any], positions: dict[int, Any], shapes: dict[int, torch.Size]
+    ) -> tuple[Position | None, torch.Size]:
+        """Record a step behind those that it is applied to: its position and the shape of what it is applied to."""
+        before = [
+            self._apply(value, function, positions, shapes)
+            if isinstance(value, Step)
+            else (positions[id(value)], shapes[id(value)])
+            for value in step.inputs
+        ]
+        if step.layer is None:
+            return before[0]
+        path = self._path(self._inside[-1]) if self._inside else ""
+        position = self._name(f"{path}.{_called(function)}" if path else _called(function))
+        inputs, (shape, *_) = zip(*before)
+        self._captured.nodes.append(Node(position, step.layer, inputs, shape, _line()))
+        return position, _shape_behind(step.layer, [shape for _, shape in before])
+
+    def _refuse_training(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> None:
+        """Statistics of a batch are stopped before they are taken, which would change the network."""
+        if function is nn.functional.batch_norm:
+            training = kwargs.get("training", args[5] if len(args) > 5 else False)
+            if training or kwargs.get("running_mean", args[1] if len(args) > 1 else None) is None:
+                self._stop(Obstacle(f"batch_norm(){self._where()} depends on the batch", "call it with training=False"))
+
+    # --- tensors -----------------------------------------------------------------------------------------------------
+
+    def _depends(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and id(value) in self._traced
+
+    def _position(self, tensor: Tensor) -> Position | None:
+        known = self._traced[id(tensor)]
+        if known.version != tensor._version:
+            what = f"activations that something has changed in place are used again{self._where()}"
+            self._stop(Obstacle(what, "write the change without the underscore, or take inplace=True away"))
+        return known.position
+
+    def _trace(self, tensor: Tensor, position: Position | None) -> None:
+        self._traced[id(tensor)] = _Traced(tensor, position, tensor._version)
+
+    def _record(self, node: Node, output: Tensor) -> None:
+        self._captured.nodes.append(node)
+        self._trace(output, node.position)
+
+    def _name(self, name: Position) -> Position:
+        """The name, or with a number behind it where another node has it: a layer that is used again."""
+        known, number = name, 1
+        while name in self._names:
+            number += 1
+            name = f"{known}#{number}"
+        self._names.add(name)
+        return name
+
+    # --- obstacles ---------------------------------------------------------------------------------------------------
+
+    def _refuse(self, obstacle: Obstacle, output: Any) -> None:
+        """Note an obstacle and go on, so that all can be named at once."""
+        self.obstacles.append(obstacle)
+        for tensor in _tensors(output):
+            self._trace(tensor, None)
+
+    def _stop(self, obstacle: Obstacle) -> None:
+        self.obstacles.append(obstacle)
+        raise _Stop
+
+    def _where(self) -> str:
+        path = self._path(self._inside[-1]) if self._inside else ""
+        kind = type(self._inside[-1]).__name__ if self._inside else ""
+        return f" in {kind}" + (f" at position {path}" if path else "") + _line(" ({})") if kind else _line(" ({})")
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether a module is one node: it has a rule, or is PyTorch's own and holds no others in order."""
+    own = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
+    return own or has_rule(module)
+
+
+def _position(path: str) -> Position:
+    return int(path) if path.isdecimal() else path
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _called(function: Callable[..., Any]) -> str:
+    name = resolve_name(function) or getattr(function, "__name__", str(function))
+    return f"{name.removesuffix('.__get__').split('.')[-1]}()"
+
+
+def _unknown(function: Callable[..., Any], where: str, reason: str) -> Obstacle:
+    return Obstacle(
+        f"{_called(function)}{where} {reason}", "put what it does into a module of its own with a rule (@rule)"
+    )
+
+
+def _line(form: str = "{}") -> str:
+    """File and line of the user's that called, in a form; empty where there is none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith((*_NOT_THE_USERS, "<")):
+            return form.format(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+        frame = frame.f_back
+    return ""
