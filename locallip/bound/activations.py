@@ -1,7 +1,7 @@
 """Activations: what a walk has to know of a function that is applied to the outputs of a linear layer.
 
-Every activation here is monotone in each of its inputs and has Lipschitz constant 1, so that it takes the ends of a box
-to the ends of a box and makes no ball larger.
+Every activation in this file is monotone in each of its inputs and has Lipschitz constant 1, so that it takes the ends
+of a box to the ends of a box and makes no ball larger. `curves` and `mixing` have others, with constants of their own.
 """
 
 from __future__ import annotations
@@ -23,17 +23,22 @@ from locallip.bound.region import CenteredRegion, Point, Region, UncutRegion
 
 
 class Activation(ABC):
-    """A monotone function of Lipschitz constant 1 that keeps the shape of what it is applied to.
+    """A function of known Lipschitz constant, monotone in each of its inputs unless it has a `behind` of its own.
 
     Attributes:
         elementwise: whether it treats every entry by itself. Entries that cannot vary then switch off rows of the
             linear layer before, not only columns of the one behind.
-        rounding: by how much a computed output can be off from the exact one, whatever the input: 0 where the function
-            only compares and chooses. None: nobody knows, and what allows for rounding refuses the activation.
+        lipschitz: its Lipschitz constant, a number or a scalar tensor.
+        rounding: by how much an output computed in float64 can be off from the exact one, whatever the input: 0 where
+            the function only compares and chooses. None: nobody knows, and what allows for rounding refuses the
+            activation.
+        relative_rounding: what comes on top of it, as a share of the output.
     """
 
     elementwise: bool = True
+    lipschitz: Tensor | float = 1.0
     rounding: float | None = None
+    relative_rounding: float = 0.0
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -51,6 +56,26 @@ class Activation(ABC):
         if isinstance(region, Point):
             return region.map(self), None
         return region.map(self), self.varying(region.lower, region.upper)
+
+    def steepness(self, region: Region) -> Tensor | float:
+        """Its Lipschitz constant between any two points of a region before it: (N,) or a scalar."""
+        return self.lipschitz
+
+    def shape_behind(self, shape: torch.Size) -> torch.Size:
+        """The shape of one image's activations behind it, given that before it."""
+        return shape
+
+    @property
+    def rounds(self) -> bool:
+        """Whether computed outputs can be off from the exact ones."""
+        return self.rounding != 0 or self.relative_rounding != 0
+
+    def error(self, behind: Region) -> Tensor | float:
+        """By how much computed outputs can be off in a region behind it: (N, ...), or one number for all."""
+        if not self.relative_rounding:
+            return self.rounding
+        size = torch.maximum(torch.maximum(behind.lower.abs(), behind.upper.abs()), behind.center.abs())
+        return self.rounding + self.relative_rounding * size
 
     def slack(self, region: Region, weight: float) -> Tensor:
         """How far a box reaches into where outputs vary, on average: a scalar that training can drive down.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from locallip.bound import activation_rules, linear_rules  # noqa: F401 - what they register
 from locallip.bound.activations import Activation
 from locallip.bound.norms import Arithmetic
 from locallip.bound.operators import Dense, LinearOperator, Position
@@ -85,7 +86,9 @@ class Graph:
 def _shape_behind(meaning: Meaning, shape: torch.Size, x: Tensor) -> torch.Size:
     if isinstance(meaning, LinearOperator):
         return meaning.output_shape
-    return shape if isinstance(meaning, Activation) else meaning.function(x.new_empty(1, *shape)).shape[1:]
+    if isinstance(meaning, Activation):
+        return meaning.shape_behind(shape)
+    return meaning.function(x.new_empty(1, *shape)).shape[1:]
 
 
 def _flat(model: nn.Sequential) -> Iterator[Node]:

@@ -1,4 +1,7 @@
-"""Linear layers as operators: what the walk, the norms and the dual need to know of an affine map W x + b."""
+"""Linear layers as operators: what the walk, the norms and the dual need to know of an affine map W x + b.
+
+`pooling` and `transposed` have more of them.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,16 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+
+from locallip.bound.torus import torus_norm
 
 Position = int | str
+
+# By the number of dimensions.
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_BY_WEIGHT = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 
 class LinearOperator(ABC):
@@ -61,6 +72,20 @@ class LinearOperator(ABC):
         """What, besides shapes and weight, makes W: stride, padding and the like."""
         return ()
 
+    @property
+    def terms(self) -> tuple[int, int]:
+        """Of how many terms at most an output of `apply`, and one of `adjoint`, is the sum."""
+        return self.weight[0].numel(), len(self.weight) * self.weight[0, 0].numel()
+
+    def norm_bound(self) -> Tensor:
+        """At least ||W||, a scalar, but for rounding and without chance.
+
+        By the largest sums of absolute values along rows and columns: ||W||^2 <= ||W||_1 ||W||_inf.
+        """
+        entries = self.absolute_operator()
+        rows, columns = (self.weight.new_ones(1, *shape) for shape in (self.input_shape, self.output_shape))
+        return (entries.apply(rows).amax() * entries.adjoint(columns).amax()).sqrt()
+
     @cached_property
     def scale(self) -> Tensor:
         """A power of two, a scalar, about as large as the largest weight."""
@@ -90,7 +115,11 @@ class LinearOperator(ABC):
         """The operator followed by scale * x + shift for every output channel; all (C_out,), see `bias_size`."""
         bias = 0 if self.bias is None else self.bias * scale
         bias_size = abs(bias) + (shift.abs() if shift_size is None else shift_size)
-        return self.with_weight(self.weight * scale.view(-1, *[1] * (self.weight.dim() - 1)), bias + shift, bias_size)
+        return self.with_weight(self._with_scaled_outputs(scale), bias + shift, bias_size)
+
+    def _with_scaled_outputs(self, scale: Tensor) -> Tensor:
+        """The weight of the operator with every output channel times a factor; scale: (C_out,)."""
+        return self.weight * scale.view(-1, *[1] * (self.weight.dim() - 1))
 
 
 class Dense(LinearOperator):
@@ -123,11 +152,14 @@ class Dense(LinearOperator):
     def row_norms(self) -> Tensor:
         return (self.weight / self.scale).norm(dim=1) * self.scale  # (H_out,)
 
+    def norm_bound(self) -> Tensor:
+        return torch.linalg.matrix_norm(self.weight, ord=2)
+
 
 class Conv(LinearOperator):
-    """A zero-padded 2d convolution of any kernel, stride, padding, dilation and groups.
+    """A zero-padded convolution in 1 to 3 dimensions, of any kernel, stride, padding, dilation and groups.
 
-    weight: (C_out, C_in / groups, kh, kw), bias: (C_out,) or None, input_shape: (C_in, H, W).
+    In two: weight: (C_out, C_in / groups, kh, kw), bias: (C_out,) or None, input_shape: (C_in, H, W).
     """
 
     def __init__(
@@ -136,12 +168,15 @@ class Conv(LinearOperator):
         bias: Tensor | None,
         position: Position,
         input_shape: torch.Size,
-        stride: tuple[int, int] = (1, 1),
-        padding: tuple[int, int] = (0, 0),
-        dilation: tuple[int, int] = (1, 1),
+        stride: tuple[int, ...] | None = None,
+        padding: tuple[int, ...] | None = None,
+        dilation: tuple[int, ...] | None = None,
         groups: int = 1,
         factors: torch.dtype | None = None,
     ):
+        self._dims = weight.dim() - 2
+        stride, dilation = (steps or (1,) * self._dims for steps in (stride, dilation))
+        padding = padding or (0,) * self._dims
         self.weight, self.bias, self.position, self.input_shape = weight, bias, position, input_shape
         self.factors = factors
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
@@ -154,23 +189,28 @@ class Conv(LinearOperator):
 
     @classmethod
     def of(
-        cls, layer: nn.Conv2d, position: Position, input_shape: torch.Size, factors: torch.dtype | None = None
+        cls,
+        layer: nn.Conv1d | nn.Conv2d | nn.Conv3d,
+        position: Position,
+        input_shape: torch.Size,
+        factors: torch.dtype | None = None,
     ) -> Conv:
         """The operator of a layer.
 
         Raises:
             TypeError: if it pads with anything but zeros, or unevenly (`padding="same"` with an even kernel).
         """
+        where = f"{type(layer).__name__} at position {position}"
         if layer.padding_mode != "zeros":
-            raise TypeError(f"Conv2d at position {position}: padding_mode '{layer.padding_mode}' is not supported")
+            raise TypeError(f"{where}: padding_mode '{layer.padding_mode}' is not supported, 'zeros' is")
         padding = layer.padding
         if padding == "valid":
-            padding = (0, 0)
+            padding = (0,) * len(layer.kernel_size)
         elif padding == "same":
             reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size)]
             if any(r % 2 for r in reach):
-                raise TypeError(f"Conv2d at position {position}: padding 'same' pads unevenly for this kernel")
-            padding = (reach[0] // 2, reach[1] // 2)
+                raise TypeError(f"{where}: padding 'same' pads unevenly for this kernel")
+            padding = tuple(r // 2 for r in reach)
         geometry = (layer.stride, padding, layer.dilation, layer.groups)
         return cls(layer.weight, layer.bias, position, input_shape, *geometry, factors)
 
@@ -182,17 +222,17 @@ class Conv(LinearOperator):
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rounded = self._rounded(x, weight, bias)
-        return F.conv2d(*rounded, self.stride, self.padding, self.dilation, self.groups).to(x.dtype)
+        return _CONVOLVE[self._dims](*rounded, self.stride, self.padding, self.dilation, self.groups).to(x.dtype)
 
     def apply(self, x: Tensor) -> Tensor:
         return self._convolve(x, self.weight, None)
 
     def adjoint(self, y: Tensor) -> Tensor:
         rounded = self._rounded(y, self.weight)
-        if self.input_shape[0] == 1 and self.factors is None and y.device.type == "cpu":
+        if self._dims == 2 and self.input_shape[0] == 1 and self.factors is None and y.device.type == "cpu":
             return self._folded(y)
         geometry = (self.stride, self.padding, self._output_padding, self.groups, self.dilation)
-        return F.conv_transpose2d(*rounded, None, *geometry).to(y.dtype)
+        return _TRANSPOSE[self._dims](*rounded, None, *geometry).to(y.dtype)
 
     def _folded(self, y: Tensor) -> Tensor:
         """The adjoint by a product of matrices, which to one channel takes a CPU half as long as a convolution."""
@@ -209,8 +249,12 @@ class Conv(LinearOperator):
     def weight_gradient(self, x: Tensor, y: Tensor) -> Tensor:
         inputs, outputs = self._rounded(x, y)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        return torch.nn.grad.conv2d_weight(inputs, self.weight.shape, outputs, *geometry).to(self.weight.dtype)
+        return _BY_WEIGHT[self._dims](inputs, self.weight.shape, outputs, *geometry).to(self.weight.dtype)
 
     def row_norms(self) -> Tensor:
         # At the border the padding cuts the row, so one kernel's norm is an upper bound there.
-        return ((self.weight / self.scale).flatten(1).norm(dim=1) * self.scale)[:, None, None]  # (C_out, 1, 1)
+        norms = (self.weight / self.scale).flatten(1).norm(dim=1) * self.scale
+        return norms.view(-1, *[1] * self._dims)  # (C_out, 1, ...)
+
+    def norm_bound(self) -> Tensor:
+        return torus_norm(self)

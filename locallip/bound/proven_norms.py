@@ -2,8 +2,8 @@
 
 Everything here is float64, whatever the defaults of the process are.
 
-* Whole norms: a dense layer's by singular values; a convolution's by the smaller of a deterministic bound
-  (`torus.torus_norm`) and a long Lanczos run.
+* Whole norms: a dense layer's by singular values; another operator's by the smaller of a bound without chance (its
+  `norm_bound`, for a convolution `torus.torus_norm`) and a long Lanczos run.
 * Masked norms: by Lanczos (`lanczos`) with a fixed number of steps from a start vector drawn after the mask is known;
   those of a dense layer by singular values where these cost little more.
 
@@ -23,10 +23,9 @@ from torch import Tensor
 
 from locallip.bound.lanczos import inflation, largest_ritz_value
 from locallip.bound.norms import Arithmetic, Bracket
-from locallip.bound.operators import Conv, Dense, LinearOperator, Position
+from locallip.bound.operators import Dense, LinearOperator, Position
 from locallip.bound.rounding import FLOAT32, FLOAT64
 from locallip.bound.tensors import eliminating
-from locallip.bound.torus import torus_norm
 
 # What a norm is rounded up by, relatively, per step and per term of the longest sum. Lanczos loses its theory when its
 # basis loses orthogonality, so every vector is orthogonalised against all before it, twice, which keeps the basis
@@ -191,12 +190,11 @@ class ProvenNorms:
             return _Whole(operator, Bracket(zero, zero), zero)
         entries = scaled.absolute_operator()
         if isinstance(scaled, Dense):
-            lower, upper = _bracket(torch.linalg.matrix_norm(scaled.weight, ord=2), scaled, _DIRECT_STEPS)
-            absolute = _bracket(torch.linalg.matrix_norm(entries.weight, ord=2), scaled, _DIRECT_STEPS).upper
+            lower, upper = _bracket(scaled.norm_bound(), scaled, _DIRECT_STEPS)
         else:
             (lower,), (upper,) = self._lanczos(scaled, None, None, 1, self._whole_steps, share)
-            upper = torch.minimum(upper, torus_bound(scaled))
-            absolute = torus_bound(entries)
+            upper = torch.minimum(upper, sure_bound(scaled))
+        absolute = sure_bound(entries)
         return _Whole(operator, Bracket(lower * scale, upper * scale), absolute * scale)
 
     def _masked_by_lanczos(self, operator: LinearOperator, rows: Tensor | None, columns: Tensor | None) -> Bracket:
@@ -264,18 +262,18 @@ class _Whole:
         """Whether this is the same operator still: another network's, or changed weights, must never be mistaken."""
         mine = self.operator
         same_place = (mine.input_shape, mine.output_shape) == (operator.input_shape, operator.output_shape)
+        same_place = same_place and type(mine) is type(operator)
         return same_place and mine.geometry() == operator.geometry() and torch.equal(self._weight, operator.weight)
 
 
-def torus_bound(operator: Conv) -> Tensor:
-    """Upper bound on the norm of a zero-padded convolution, a scalar, without chance; rounding is allowed for."""
-    return _bracket(torus_norm(operator), operator, _DIRECT_STEPS).upper
+def sure_bound(operator: LinearOperator) -> Tensor:
+    """Upper bound on the norm of a scaled operator, a scalar, without chance; rounding is allowed for."""
+    return _bracket(operator.norm_bound(), operator, _DIRECT_STEPS).upper
 
 
 def _bracket(norm: Tensor, operator: LinearOperator, steps: int) -> Bracket:
     """Around a computed norm of a scaled operator, what rounding and underflow can have changed."""
-    weight, vector = operator.weight, max(operator.input_shape.numel(), operator.output_shape.numel())
-    terms = max(weight[0].numel(), len(weight) * weight[0, 0].numel(), vector)
+    terms = max(*operator.terms, operator.input_shape.numel(), operator.output_shape.numel())
     margin = _ROUNDING_PER_STEP_AND_TERM * steps * terms
     return Bracket(norm * (1 - margin), norm * (1 + margin) + _UNDERFLOW)
 

@@ -48,9 +48,11 @@ class Region:
         """The region with its entries renamed."""
         return self.map(shape)
 
-    def widened(self, by: float) -> Region:
-        """The region with a box that is larger by so much on every side."""
-        return Region(self.center, self.lower - by, self.upper + by) if by else self
+    def widened(self, by: Tensor | float) -> Region:
+        """The region with a box that is larger by so much on every side; by: (N, ...) or a number."""
+        if not isinstance(by, Tensor) and by == 0:
+            return self
+        return Region(self.center, self.lower - by, self.upper + by)
 
     def of_radius(self, radius: Tensor) -> Region:
         """The region with a ball of that radius (N,), which only a `Point` keeps."""
@@ -137,7 +139,7 @@ class Point(Region):
     def map(self, monotone: Callable[[Tensor], Tensor]) -> Region:
         return Point(monotone(self.center), self.radius)
 
-    def widened(self, by: float) -> Region:
+    def widened(self, by: Tensor | float) -> Region:
         return self
 
     def of_radius(self, radius: Tensor) -> Region:

@@ -55,8 +55,10 @@ class ExactArithmetic:
         """What is off behind the layer."""
         return self
 
-    def behind_activation(self, error: float, entries: int) -> ExactArithmetic:
-        """What is off behind an activation whose every computed entry is off by at most so much."""
+    def behind_activation(
+        self, error: Tensor | float, entries: int, lipschitz: Tensor | float = 1.0
+    ) -> ExactArithmetic:
+        """What is off behind an activation whose computed entries are off by at most so much, (N, ...) or a number."""
         return self
 
     def of_logits(self, last: Dense, length: Tensor) -> float:
@@ -109,17 +111,20 @@ class Rounding(ExactArithmetic):
         outputs = operator.output_shape[1:].numel()
         bias = _bias_size(operator).norm() * outputs**0.5
         largest = absolute * (length + self.distance) + bias
-        fresh = self._gamma(_terms(operator)) * largest + self._underflow(operator) * outputs**0.5 * len(
-            operator.weight
-        )
+        underflow = self._underflow(operator) * outputs**0.5 * operator.output_shape[0]
+        fresh = self._gamma(_terms(operator)) * largest + underflow
         distance = norm * self.distance + fresh * (1 + 1e-6)
         # Written so that a NaN counts as too large.
         fits = torch.maximum(largest, length) < _LARGEST[self.roundoff]
         return Rounding(self.roundoff, torch.where(fits, distance, torch.inf))
 
-    def behind_activation(self, error: float, entries: int) -> Rounding:
-        """What is off behind an activation, which spreads no distance, and adds `error` to each of its entries."""
-        return Rounding(self.roundoff, self.distance + error * entries**0.5 * (1 + 1e-6)) if error else self
+    def behind_activation(self, error: Tensor | float, entries: int, lipschitz: Tensor | float = 1.0) -> Rounding:
+        """What is off behind an activation, which stretches the distance, and adds `error` to each of its entries."""
+        exact = not isinstance(error, Tensor) and error == 0
+        if exact and isinstance(lipschitz, float) and lipschitz == 1:
+            return self
+        fresh = error.flatten(1).norm(dim=1) if isinstance(error, Tensor) else error * entries**0.5
+        return Rounding(self.roundoff, (self.distance * lipschitz + fresh) * (1 + 1e-6))
 
     def of_logits(self, last: Dense, length: Tensor) -> Tensor:
         """By how much a logit, or a difference of two rows times a step inside the ball, can be off: (N, K)."""
@@ -133,11 +138,11 @@ class Rounding(ExactArithmetic):
 
 
 def _terms(operator: LinearOperator) -> int:
-    return operator.weight[0].numel()
+    return operator.terms[0]
 
 
 def _bias_size(operator: LinearOperator) -> Tensor:
     """(C_out,) sum of the absolute values of what the bias was added up from."""
     if operator.bias_size is not None:
         return operator.bias_size
-    return operator.weight.new_zeros(len(operator.weight)) if operator.bias is None else operator.bias.abs()
+    return operator.weight.new_zeros(operator.output_shape[0]) if operator.bias is None else operator.bias.abs()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from locallip.bound.operators import Conv
+if TYPE_CHECKING:
+    from locallip.bound.operators import Conv
 
 
 def torus_norm(operator: Conv) -> Tensor:
@@ -18,20 +20,18 @@ def torus_norm(operator: Conv) -> Tensor:
     block-diagonal, with one (C_out, C_in) block per frequency; a stride of s adds up the frequencies that it cannot
     tell apart, which makes the blocks (C_out, C_in s^2). The bound is the largest singular value of all blocks.
     """
-    sides = [
-        -(-(size + d * (k - 1)) // s) * s
-        for size, k, d, s in zip(
-            operator.input_shape[1:], operator.weight.shape[2:], operator.dilation, operator.stride
-        )
-    ]
-    (height, width), (down, right) = sides, operator.stride
-    kernel = operator.weight.new_zeros(*operator.weight.shape[:2], height, width)
-    rows = torch.arange(operator.weight.shape[2], device=kernel.device) * operator.dilation[0]
-    columns = torch.arange(operator.weight.shape[3], device=kernel.device) * operator.dilation[1]
-    kernel[:, :, rows[:, None], columns] = operator.weight
-    spectrum = torch.fft.fft2(kernel) / math.sqrt(down * right)
+    weight, stride = operator.weight, operator.stride
+    reach = [d * (k - 1) for d, k in zip(operator.dilation, weight.shape[2:])]
+    sides = [-(-(size + r) // s) * s for size, r, s in zip(operator.input_shape[1:], reach, stride)]
+    kernel = weight.new_zeros(*weight.shape[:2], *sides)
+    kernel[(..., *(slice(None, r + 1, d) for r, d in zip(reach, operator.dilation)))] = weight
+    axes = tuple(range(2, weight.dim()))
+    spectrum = torch.fft.fftn(kernel, dim=axes) / math.sqrt(math.prod(stride))
     outputs, inputs = len(kernel) // operator.groups, kernel.shape[1]
-    blocks = spectrum.view(operator.groups, outputs, inputs, down, height // down, right, width // right)
-    blocks = blocks.permute(4, 6, 0, 1, 2, 3, 5).flatten(4)  # (frequency, frequency, group, C_out, C_in s^2)
-    gram = blocks @ blocks.mH if outputs <= blocks.shape[4] else blocks.mH @ blocks
+    by_alias = [part for side, s in zip(sides, stride) for part in (s, side // s)]
+    blocks = spectrum.view(operator.groups, outputs, inputs, *by_alias)
+    aliases, frequencies = ([3 + offset + 2 * axis for axis in range(len(axes))] for offset in (0, 1))
+    # (frequencies, group, C_out, C_in s^2)
+    blocks = blocks.permute(*frequencies, 0, 1, 2, *aliases).flatten(len(axes) + 2)
+    gram = blocks @ blocks.mH if outputs <= blocks.shape[-1] else blocks.mH @ blocks
     return torch.linalg.eigvalsh(gram)[..., -1].amax().clamp(min=0).sqrt()

@@ -182,18 +182,18 @@ class _Walk:
         if self._sparsity is not None:
             self._sparsity = self._sparsity + activation.slack(state.region, self.sparse_threshold)
         region, varying = activation.behind(state.region, self._fused)
-        rounding = state.rounding
+        if region.center.shape != state.region.center.shape:
+            self._layers = None  # the dual knows no such activation
+        state = self._stretched(state, activation)
         if self._allows:
-            if activation.rounding is None:
-                raise ValueError(
-                    f"the activation at position {position} does not say by how much it rounds; a proof needs that"
-                )
-            if activation.rounding and self.norms.arithmetic.deployed:
-                raise ValueError(
-                    f"the activation at position {position} rounds, and its rounding in float32 is not bounded"
-                )
-            region = region.widened(activation.rounding)
-            rounding = rounding.behind_activation(activation.rounding, region.center[0].numel())
+            self._refuse_unknown_rounding(position, activation)
+            error, entries = activation.error(region), region.center[0].numel()
+            region = region.widened(error)
+            rounding = state.rounding.behind_activation(error, entries, activation.lipschitz)
+            deployed = state.deployed.behind_activation(0.0, entries, activation.lipschitz)
+            state = replace(state, rounding=rounding, deployed=deployed)
+        if isinstance(region, Point):
+            region = region.of_radius(self._radius(state, state.whole))
         columns, still_open = state.columns, state.open
         if still_open:
             if self._layers is not None and not still_open.activations:
@@ -210,7 +210,26 @@ class _Walk:
             if still_open and still_open.rows_follow:
                 rows = columns.reshape(-1, *still_open.operator.output_shape)
                 still_open = replace(still_open, rows=rows)
-        return replace(state, region=region, rounding=rounding, columns=columns, open=still_open)
+        return replace(state, region=region, columns=columns, open=still_open)
+
+    def _stretched(self, state: _State, activation: Activation) -> _State:
+        """With the constants of an activation multiplied in, where it has others than 1."""
+        steepness = activation.steepness(state.region)
+        local = _times(state.rounding, state.local, steepness)
+        whole = _times(state.rounding, state.whole, activation.lipschitz)
+        # Where it depends on the box, smaller norms make it smaller.
+        lowest = state.lowest * (steepness if steepness is activation.lipschitz else 0)
+        return replace(state, local=local, lowest=lowest, whole=whole)
+
+    def _refuse_unknown_rounding(self, position: Position, activation: Activation) -> None:
+        if activation.rounding is None:
+            raise ValueError(
+                f"the activation at position {position} does not say by how much it rounds; a proof needs that"
+            )
+        if activation.rounds and self.norms.arithmetic.deployed:
+            raise ValueError(
+                f"the activation at position {position} rounds, and its rounding in float32 is not bounded"
+            )
 
     def reshape(self, state: _State, reshape: Reshape) -> _State:
         """Behind a layer that only renames entries, in the same order."""
@@ -278,3 +297,7 @@ class _Walk:
             self._layers.append(HiddenLayer(operator, kept.activations, kept.region, *masks, upper))
         local = state.rounding.product(state.local, upper)
         return replace(state, local=local, lowest=state.lowest * lower, open=None)
+
+
+def _times(rounding: ExactArithmetic, norm: Tensor, factor: Tensor | float) -> Tensor:
+    return norm if isinstance(factor, float) and factor == 1 else rounding.product(norm, factor)

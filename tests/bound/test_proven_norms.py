@@ -18,7 +18,7 @@ from oracles import (
 
 from locallip.bound.norms import Arithmetic
 from locallip.bound.operators import Conv, Dense
-from locallip.bound.proven_norms import Budget, ProvenNorms, torus_bound
+from locallip.bound.proven_norms import Budget, ProvenNorms, sure_bound
 from locallip.bound.rounding import FLOAT32, FLOAT64
 
 
@@ -32,9 +32,9 @@ def _seed():
 
 @more_examples
 @given(convolutions())
-def test_the_whole_norm_is_between_the_true_one_and_the_torus_bound(conv):
+def test_the_whole_norm_is_between_the_true_one_and_the_sure_bound(conv):
     (lower, upper), true = ProvenNorms(SURELY, 0, seed=0).whole(conv), norm_of(matrix_of(conv))
-    assert lower <= true <= upper <= torus_bound(conv) * (1 + 1e-7)
+    assert lower <= true <= upper <= sure_bound(conv) * (1 + 1e-7)
     assert upper <= true * (1 + 1e-2) + 1e-50
 
 

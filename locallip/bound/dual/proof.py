@@ -97,7 +97,7 @@ def _forward(chain: Chain) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         inputs = values[-1].reshape(-1, *operator.input_shape)
         seen = _norm(operator.affine(inputs).reshape(layer.center.shape) - layer.center)
         sums = layer.absolute * _norm(inputs) + _bias_size(operator)
-        fresh = _gamma(operator.weight[0].numel()) * (sums + _norm(layer.center)) + layer.absolute * before
+        fresh = _gamma(operator.terms[0]) * (sums + _norm(layer.center)) + layer.absolute * before
         missed.append((seen + fresh) * (1 + 1e-6))
         reach.append((layer.norm * reach[-1] + missed[-1]) * (1 + 1e-6))
         before = _activation_error(layer)
@@ -110,9 +110,9 @@ def _off_in_layer(
 ) -> Tensor:
     """What the layer's computed a, t and centre cost: (P,), see the head of this module."""
     g, c = _norm(multipliers.g[number]), _norm(multipliers.c[number])
-    weight = layer.operator.weight
-    r = _gamma(weight.transpose(0, 1)[0].numel()) * layer.absolute * g
-    rho = _gamma(weight[0].numel()) * layer.absolute * c + missed[number]
+    terms, adjoint_terms = layer.operator.terms
+    r = _gamma(adjoint_terms) * layer.absolute * g
+    rho = _gamma(terms) * layer.absolute * c + missed[number]
     return r * reach[number] + g * missed[number] + mu * rho * (layer.norm * (reach[number] + c) + rho)
 
 

@@ -1,0 +1,172 @@
+"""The rules for linear layers, and for those that change no number."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from locallip.bound.layers import Normalize
+from locallip.bound.operators import Conv, Dense, LinearOperator
+from locallip.bound.pooling import AveragePool, adaptive_windows, averages, sliding_windows
+from locallip.bound.rules import (
+    BatchNormed,
+    Place,
+    Reshape,
+    describe,
+    meaning_of,
+    refuse,
+    refuse_other_shapes,
+    refuse_training_mode,
+    rule,
+    shape_of,
+)
+from locallip.bound.transposed import TransposedConv
+
+
+def _refuse_deployed(place: Place, layer: nn.Module) -> None:
+    if place.arithmetic.deployed:
+        refuse(place, layer, "its rounding in float32 is not bounded; fold it into its neighbour")
+
+
+@rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, place: Place) -> Conv:
+    refuse_other_shapes(place, layer, 1 + len(layer.kernel_size))
+    return Conv.of(layer, place.position, place.shape, place.arithmetic.factors)
+
+
+@rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def _transposed_convolution(layer: nn.Module, place: Place) -> TransposedConv:
+    refuse_other_shapes(place, layer, 1 + len(layer.kernel_size))
+    if any(more >= step for more, step in zip(layer.output_padding, layer.stride)):
+        refuse(place, layer, "output_padding is supported where it is smaller than the stride")
+    spans = [d * (k - 1) + 1 - 2 * p for d, k, p in zip(layer.dilation, layer.kernel_size, layer.padding)]
+    by_axis = zip(place.shape[1:], layer.stride, spans, layer.output_padding)
+    shape = torch.Size([layer.out_channels, *((size - 1) * step + span + more for size, step, span, more in by_axis)])
+    geometry = (layer.stride, layer.padding, layer.dilation, layer.groups, place.arithmetic.factors)
+    return TransposedConv(Conv(layer.weight, None, place.position, shape, *geometry), layer.bias)
+
+
+@rule(nn.Linear)
+def _dense(layer: nn.Linear, place: Place) -> Dense:
+    refuse_other_shapes(place, layer, 1)
+    return Dense.of(layer, place.position)
+
+
+# --- normalisation ---------------------------------------------------------------------------------------------------
+
+_BATCH_NORM_DIMS = {nn.BatchNorm1d: (1, 2), nn.BatchNorm2d: (3,), nn.BatchNorm3d: (4,)}
+
+
+@rule(*_BATCH_NORM_DIMS)
+def _batch_norm(layer: nn.Module, place: Place) -> LinearOperator:
+    _refuse_deployed(place, layer)
+    refuse_other_shapes(place, layer, *_BATCH_NORM_DIMS[type(layer)])
+    return _channelwise(place, *_scale_and_shift(layer, place))
+
+
+@rule(BatchNormed)
+def _batch_normed(layer: BatchNormed, place: Place) -> LinearOperator:
+    _refuse_deployed(place, layer.normalization)
+    affine = _scale_and_shift(layer.normalization, place)
+    return meaning_of(layer.linear, place).rescaled(*affine)
+
+
+def _scale_and_shift(layer: nn.Module, place: Place) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch normalisation in eval mode as scale * x + shift, and the size of the terms of the shift; (C,) each."""
+    refuse_training_mode(place, layer)
+    if layer.running_var is None:
+        where = describe(place.position, layer)
+        raise TypeError(f"{where} keeps no running statistics, so it depends on the batch")
+    weight, bias = (1, 0) if layer.weight is None else (layer.weight, layer.bias)
+    scale = weight * (layer.running_var + layer.eps).rsqrt()
+    center = layer.running_mean * scale
+    return scale, bias - center, abs(bias) + center.abs()
+
+
+@rule(Normalize)
+def _normalize(layer: Normalize, place: Place) -> LinearOperator:
+    _refuse_deployed(place, layer)
+    refuse_other_shapes(place, layer, 3)
+    scale = (1 / layer.std).expand(place.shape[0])
+    center = layer.mean * scale
+    return _channelwise(place, scale, -center, center.abs())
+
+
+def _channelwise(place: Place, scale: Tensor, shift: Tensor, shift_size: Tensor) -> LinearOperator:
+    """scale * x + shift for every channel, (C,) each, as a convolution with 1x1 kernels or a diagonal matrix."""
+    if len(place.shape) == 1:
+        identity = Dense(torch.ones_like(scale).diag(), None, place.position)
+    else:
+        ones = torch.ones_like(scale).view(-1, *[1] * len(place.shape))
+        identity = Conv(ones, None, place.position, place.shape, groups=len(scale), factors=place.arithmetic.factors)
+    return identity.rescaled(scale, shift, shift_size)
+
+
+# --- average pooling -------------------------------------------------------------------------------------------------
+
+_AVERAGES = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
+_ADAPTIVE = {nn.AdaptiveAvgPool1d: 1, nn.AdaptiveAvgPool2d: 2, nn.AdaptiveAvgPool3d: 3}
+
+
+def per_axis(setting: int | tuple[int, ...], axes: int) -> tuple[int, ...]:
+    """One setting for each axis, of one for all or one for each."""
+    return (setting,) * axes if isinstance(setting, int) else tuple(setting)
+
+
+@rule(*_AVERAGES)
+def _average_pooling(layer: nn.Module, place: Place) -> LinearOperator:
+    axes = _AVERAGES[type(layer)]
+    refuse_other_shapes(place, layer, 1 + axes)
+    kernel, stride, padding = (per_axis(part, axes) for part in (layer.kernel_size, layer.stride, layer.padding))
+    counts_padding = layer.count_include_pad or not any(padding)
+    divisor = getattr(layer, "divisor_override", None)
+    if counts_padding and not layer.ceil_mode and not divisor:
+        channels, factors = place.shape[0], place.arithmetic.factors
+        weight = place.like.new_full((channels, 1, *kernel), 1 / math.prod(kernel))
+        return Conv(weight, None, place.position, place.shape, stride, padding, groups=channels, factors=factors)
+    matrices = []
+    for number, axis in enumerate(zip(place.shape[1:], shape_of(layer, place)[1:], kernel, stride, padding)):
+        size, count, side, step, pad = axis
+        if divisor:
+            terms = [1 if number else divisor] * count
+        else:  # of a window that ceil_mode lets stand out, what lies in the padding counts
+            terms = [min(side, size + 2 * pad - at * step) for at in range(count)] if counts_padding else None
+        matrices.append(averages(sliding_windows(*axis), size, place.like, terms))
+    return AveragePool(matrices, place.shape[0], place.position)
+
+
+@rule(*_ADAPTIVE)
+def _adaptive_average_pooling(layer: nn.Module, place: Place) -> LinearOperator:
+    axes = _ADAPTIVE[type(layer)]
+    refuse_other_shapes(place, layer, 1 + axes)
+    sizes = place.shape[1:]
+    counts = [size if count is None else count for size, count in zip(sizes, per_axis(layer.output_size, axes))]
+    matrices = [averages(adaptive_windows(*pair), pair[0], place.like) for pair in zip(sizes, counts)]
+    return AveragePool(matrices, place.shape[0], place.position)
+
+
+# --- what changes no number ------------------------------------------------------------------------------------------
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+@rule(nn.Identity)
+def _identity(layer: nn.Identity, place: Place) -> Reshape:
+    return Reshape(_as_it_is)
+
+
+@rule(nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+def _dropout(layer: nn.Dropout | nn.Dropout1d | nn.Dropout2d, place: Place) -> Reshape:
+    refuse_training_mode(place, layer)
+    return Reshape(_as_it_is)
+
+
+@rule(nn.Flatten)
+def _flatten(layer: nn.Flatten, place: Place) -> Reshape:
+    if (layer.start_dim, layer.end_dim) != (1, -1):
+        raise TypeError(f"{describe(place.position, layer)} must flatten all but the batch")
+    return Reshape(layer)
