@@ -215,11 +215,12 @@ class _Reader(TorchFunctionMode):
         return result
 
     def _apply(
-        self, step: Step, function: Callable[..., Any], positions: dict[int, Any], shapes: dict[int, torch.Size]
-    ) -> tuple[Position | None, torch.Size]:
-        """Record a step behind those that it is applied to: its position and the shape of what it is applied to."""
+        self, step: Step, function: Callable[..., Any], positions: dict[int, Any], shapes: dict[int, torch.Size],
+        outermost: bool = True,
+    ) -> tuple[Position | None, torch.Size]:  # fmt: skip
+        """Record a step behind those that it is applied to: its position, and inside of another the shape behind it."""
         before = [
-            self._apply(value, function, positions, shapes)
+            self._apply(value, function, positions, shapes, outermost=False)
             if isinstance(value, Step)
             else (positions[id(value)], shapes[id(value)])
             for value in step.inputs
@@ -230,7 +231,7 @@ class _Reader(TorchFunctionMode):
         position = self._name(f"{path}.{_called(function)}" if path else _called(function))
         inputs, (shape, *_) = zip(*before)
         self._captured.nodes.append(Node(position, step.layer, inputs, shape, _line()))
-        return position, _shape_behind(step.layer, [shape for _, shape in before])
+        return position, shape if outermost else _shape_behind(step.layer, [shape for _, shape in before])
 
     def _refuse_training(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> None:
         """Statistics of a batch are stopped before they are taken, which would change the network."""
@@ -283,6 +284,11 @@ class _Reader(TorchFunctionMode):
         path = self._path(self._inside[-1]) if self._inside else ""
         kind = type(self._inside[-1]).__name__ if self._inside else ""
         return f" in {kind}" + (f" at position {path}" if path else "") + _line(" ({})") if kind else _line(" ({})")
+
+
+def _shape_behind(layer: nn.Module, shapes: list[torch.Size]) -> torch.Size:
+    """The shape behind a step inside of another: behind the outermost it is the result's."""
+    return layer.forward(*(torch.empty(1, *shape, device="meta") for shape in shapes)).shape[1:]
 
 
 def _is_leaf(module: nn.Module) -> bool:

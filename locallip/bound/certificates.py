@@ -83,8 +83,8 @@ def certify(
     A tie, a NaN and an image that is not finite count as no.
 
     Args:
-        model: as for `propagate`; it is not changed. The certificate is for the function that its weights define in
-            exact arithmetic.
+        model: any network whose layers and calls have rules (see `Graph.of`); it is not changed. The certificate is for
+            the function that its weights define in exact arithmetic.
         x: (N, ...) images.
         y: (N,) labels.
         epsilon: L2 radius in the space of x, one for all or one per image (N,).
@@ -96,7 +96,8 @@ def certify(
             which certifies more and takes longer.
 
     Raises:
-        TypeError: names the first layer without a rule and its position.
+        TypeError: names all layers and calls without a rule, and whatever else is in the way of a certificate, each with
+            its place and a way out; or the network gives other logits than these do one after the other.
         ValueError: as `propagate`, for labels of another shape, or for a certificate or effort of another name.
     """
     refuse_effort(effort)
@@ -155,16 +156,18 @@ def _prepare(
     model: nn.Module, x: Tensor, certificate: str | Norms, failure_probability: float, radii: int = 1
 ) -> tuple[Graph, Tensor, Norms]:
     """Network, images and norms of a certificate of that name, good for so many radii."""
-    if not isinstance(certificate, str):
-        return Graph.of(model), x, certificate
-    if certificate == "estimate":
-        return Graph.of(model), x, PowerIteration(_ITERATIONS)
-    if certificate != "proven":
+    if isinstance(certificate, str) and certificate not in ("proven", "estimate"):
         raise ValueError(f"the certificate must be 'proven' or 'estimate', got '{certificate}'")
-    Graph.of(model).meanings(x, Arithmetic())  # refuses what it does not know before anything is copied
-    model, x = copy.deepcopy(model).double(), x.double()
-    norms = proven_norms(model, x, len(x), failure_probability, radii + 1)  # one more for the last layer's
-    return Graph.of(model), x, norms.with_steps(LANCZOS_STEPS[-1])
+    graph = Graph.of(model, x)
+    graph.meanings(x, Arithmetic())  # refuses what it does not know before anything is copied
+    if certificate != "proven":
+        graph.refuse_if_unlike(model, x)
+        return graph, x, PowerIteration(_ITERATIONS) if certificate == "estimate" else certificate
+    x = x.double()
+    graph = Graph.of(copy.deepcopy(model).double(), x)
+    graph.refuse_if_unlike(model, x)
+    norms = proven_norms(graph, x, len(x), failure_probability, radii + 1)  # one more for the last layer's
+    return graph, x, norms.with_steps(LANCZOS_STEPS[-1])
 
 
 def _certified(graph: Graph, x: Tensor, y: Tensor, epsilon: float | Tensor, norms: Norms, effort: str) -> Tensor:

@@ -1,74 +1,128 @@
-"""A network as a graph of layers: what there is, in which order, and what each layer is."""
+"""A network as a graph of layers: what there is, what goes into what, and what each layer is."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from locallip.bound import activation_rules, linear_rules  # noqa: F401 - what they register
+from locallip.bound import activation_rules, call_rules, linear_rules  # noqa: F401 - what they register
 from locallip.bound.activations import Activation
+from locallip.bound.affine import is_affine, with_sums
+from locallip.bound.capture import capture
+from locallip.bound.nodes import IMAGES, Node, Obstacle, Refusal
 from locallip.bound.norms import Arithmetic
 from locallip.bound.operators import Dense, LinearOperator, Position
-from locallip.bound.rules import BatchNormed, Meaning, Place, describe, meaning_of
+from locallip.bound.precision import own_precision
+from locallip.bound.refusals import refuse_what_computes_otherwise
+from locallip.bound.rules import (
+    BatchNormed,
+    Meaning,
+    Place,
+    Reshape,
+    describe,
+    has_rule,
+    meaning_of,
+    no_rule,
+)
 
-
-@dataclass(frozen=True)
-class Node:
-    """A layer and its position: an index into the network, in a nested Sequential a string such as "2.0"."""
-
-    position: Position
-    layer: nn.Module
+# How many images a graph and its network are compared on.
+_COMPARED = 8
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A network that is a chain: hidden layers in order, then a Linear that makes the logits.
+    """A network as hidden layers in order, then a Linear that makes the logits.
 
     Attributes:
-        hidden: all layers but the last.
-        last: the last one.
+        hidden: all layers but the last, each behind those that it takes its inputs from.
+        last: the last one; where the network ends otherwise, the logits themselves are the last hidden layer, and this
+            is the identity.
+        shape: of the images that it was read off a run on; None: there was no need to run the network.
+        weights: pairs of a tensor of the network and what it was, where a run has computed weights from others.
     """
 
     hidden: tuple[Node, ...]
     last: Node
+    shape: torch.Size | None = None
+    weights: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @classmethod
-    def of(cls, model: nn.Module) -> Graph:
-        """The graph of a Sequential; nothing is computed.
+    def of(cls, model: nn.Module | Graph, x: Tensor | None = None) -> Graph:
+        """The graph of a network; of a graph, itself.
+
+        A Sequential whose layers all have rules and which ends in a Linear is read as it stands, and nothing is
+        computed. Any other network runs once, on three random images; keep its graph where it is asked often. The graph
+        holds the network's own weights, whatever becomes of them.
+
+        x: (N, ...) images, of which only shape, dtype and device count; needed where the network has to run.
 
         Raises:
-            TypeError: names what is no Sequential, has hooks, is empty, or does not end in a Linear.
+            TypeError: names all that is in the way, each with its place, the user's line and a way out: hooks, replaced
+                forwards, parametrizations, wrappers, layers and calls without a rule.
+            ValueError: for a network in training mode that has to run.
         """
-        if type(model) is not nn.Sequential:
-            raise TypeError(f"the network must be an nn.Sequential, got {type(model).__name__}")
-        for name, module in model.named_modules():
-            if module._forward_hooks or module._forward_pre_hooks:
-                where = describe(name, module) if name else "the network"
-                raise TypeError(f"{where} has forward hooks, which can change what it computes")
-        nodes = _folded(_flat(model))
-        if not nodes:
-            raise TypeError("the network is empty")
-        *hidden, last = nodes
-        if type(last.layer) is not nn.Linear:
-            raise TypeError(f"the network must end in Linear, not in {describe(last.position, last.layer)}")
-        return cls(tuple(hidden), last)
+        if isinstance(model, Graph):
+            return model
+        refuse_what_computes_otherwise(model)
+        if type(model) is nn.Sequential:
+            nodes = _folded(list(_flat(model)))
+            if not nodes:
+                raise TypeError("the network is empty")
+            if all(has_rule(node.layer) for node in nodes) and type(nodes[-1].layer) is nn.Linear:
+                return cls(tuple(nodes[:-1]), nodes[-1])
+            if x is None:
+                missing = [no_rule(node.position, node.layer) for node in nodes if not has_rule(node.layer)]
+                raise Refusal(missing or [Obstacle("the network ends in no Linear", "give images to read it with")])
+        if x is None:
+            raise TypeError("the network is no nn.Sequential of layers with rules, and without images it cannot be run")
+        return cls._of_run(model, x)
+
+    @classmethod
+    def _of_run(cls, model: nn.Module, x: Tensor) -> Graph:
+        _refuse_training_mode(model)
+        run = capture(model, x)
+        if len(run.shape) != 1:
+            shape = ", ".join(map(str, ("N", *run.shape)))
+            raise TypeError(f"the network must give logits (N, K), and gives ({shape}); add a Flatten at its end")
+        nodes = _folded(_needed(run.nodes, run.output))
+        _refuse_settings(nodes, x)
+        nodes = with_sums(nodes, lambda node: is_affine(node, x, Arithmetic()))
+        if not (nodes and type(nodes[-1].layer) is nn.Linear):
+            nodes.append(Node("logits", _identity(run.shape[0], x), (nodes[-1].position if nodes else IMAGES,), run.shape))
+        weights = [*model.parameters(), *model.buffers()] if run.computed else []
+        kept = tuple((tensor, tensor.detach().clone()) for tensor in weights)
+        return cls(tuple(nodes[:-1]), nodes[-1], x.shape[1:], kept)
+
+    def consumers(self) -> Counter[Position | None]:
+        """How many layers take what a node gives, by its position."""
+        return Counter(position for node in (*self.hidden, self.last) for position in node.inputs)
 
     def meanings(self, x: Tensor, arithmetic: Arithmetic) -> list[tuple[Position, Meaning]]:
         """What every hidden layer is, for images x (N, ...), by position; nothing is computed.
 
         Raises:
             TypeError: names the first layer without a rule and its position; no layer is ever skipped.
-            ValueError: names a layer in training mode.
+            ValueError: names a layer in training mode, images of another shape than the network was run on, or weights
+                that have changed since it computed others from them.
         """
+        self._refuse_others(x)
         shape, result = x.shape[1:], []
         for node in self.hidden:
+            shape = node.shape or shape
             meaning = meaning_of(node.layer, Place(node.position, shape, x, arithmetic))
             shape = _shape_behind(meaning, shape, x)
             result.append((node.position, meaning))
         return result
+
+    def _refuse_others(self, x: Tensor) -> None:
+        if self.shape is not None and x.shape[1:] != self.shape:
+            raise ValueError(f"the network was run on images {tuple(self.shape)}, these are {tuple(x.shape[1:])}")
+        if not all(torch.equal(now, before) for now, before in self.weights):
+            raise ValueError("the network computes weights from others, which have changed: make its graph anew")
 
     def operators(self, x: Tensor) -> list[LinearOperator]:
         """The hidden linear layers in order, for images x (N, ...); errors as `meanings`."""
@@ -82,29 +136,113 @@ class Graph:
         """The linear layer that makes the logits."""
         return Dense.of(self.last.layer, self.last.position)
 
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the graph computes of images x (N, ...): logits (N, K), and the size (N, K) of what adds up to them."""
+        values = {IMAGES: x}
+        for node, (_, meaning) in zip(self.hidden, self.meanings(x, Arithmetic())):
+            values[node.position] = _value(meaning, [values[position] for position in node.inputs])
+        (before,) = (values[position] for position in self.last.inputs)
+        last = self.last_operator()
+        return last.affine(before), last.absolute(before.abs())
+
+    @torch.no_grad()
+    def refuse_if_unlike(self, model: nn.Module, x: Tensor) -> None:
+        """Compare with the network itself on the first images of x (N, ...).
+
+        Raises:
+            TypeError: where their logits differ by more than rounding does.
+        """
+        own = next((p for p in model.parameters() if p.is_floating_point()), x)
+        x = x[:_COMPARED]
+        with own_precision(x.device):
+            ours, size = self.logits(x)
+            theirs = model(x.to(own.dtype, copy=True))
+        if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
+            raise TypeError("the network gives something else than its layers do one after the other")
+        unlike = (ours - theirs.to(ours.dtype)).abs() > torch.finfo(own.dtype).eps ** 0.5 * (size + 1)
+        if unlike.any():
+            raise TypeError(
+                "the network gives other logits than its layers and calls as they were read: something in it depends on "
+                "chance, on earlier calls or on values, or is replaced; a certificate would be for another function"
+            )
+
+
+def _value(meaning: Meaning, inputs: list[Tensor]) -> Tensor:
+    if isinstance(meaning, LinearOperator):
+        return meaning.affine(*inputs)
+    return meaning.function(*inputs) if isinstance(meaning, Reshape) else meaning(*inputs)
+
 
 def _shape_behind(meaning: Meaning, shape: torch.Size, x: Tensor) -> torch.Size:
     if isinstance(meaning, LinearOperator):
         return meaning.output_shape
     if isinstance(meaning, Activation):
         return meaning.shape_behind(shape)
-    return meaning.function(x.new_empty(1, *shape)).shape[1:]
+    return meaning.function(x.new_empty(1, *shape)).shape[1:] if isinstance(meaning, Reshape) else shape
 
 
-def _flat(model: nn.Sequential) -> Iterator[Node]:
-    for position, layer in enumerate(model):
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _flat(model: nn.Sequential, inputs: tuple[Position | None, ...] = (IMAGES,), path: str = "") -> Iterator[Node]:
+    """The layers of a Sequential and of those in it, one behind the other."""
+    for number, layer in enumerate(model):
+        position = f"{path}{number}" if path else number
         if type(layer) is nn.Sequential:
-            yield from (Node(f"{position}.{node.position}", node.layer) for node in _flat(layer))
+            nodes = list(_flat(layer, inputs, f"{position}."))
         else:
-            yield Node(position, layer)
+            nodes = [Node(position, layer, inputs)]
+        yield from nodes
+        inputs = (nodes[-1].position,) if nodes else inputs
 
 
-def _folded(nodes: Iterator[Node]) -> list[Node]:
-    """The nodes with batch normalisation folded into the linear layer before it."""
-    result: list[Node] = []
+def _needed(nodes: list[Node], output: Position | None) -> list[Node]:
+    """The nodes that something of the output comes from."""
+    needed, result = {output}, []
+    for node in reversed(nodes):
+        if node.position in needed:
+            needed.update(node.inputs)
+            result.append(node)
+    return result[::-1]
+
+
+def _folded(nodes: list[Node]) -> list[Node]:
+    """The nodes with batch normalisation folded into the linear layer before it, if nothing else sees that."""
+    consumers = Counter(position for node in nodes for position in node.inputs)
+    renamed: dict[Position | None, Position | None] = {}
+    result: dict[Position, Node] = {}
     for node in nodes:
-        if result and BatchNormed.folds(result[-1].layer, node.layer):
-            linear = result.pop()
-            node = Node(linear.position, BatchNormed(linear.layer, node.layer))
-        result.append(node)
-    return result
+        node = replace(node, inputs=tuple(renamed.get(position, position) for position in node.inputs))
+        linear = result.get(node.inputs[0])
+        if linear is not None and consumers[linear.position] == 1 and BatchNormed.folds(linear.layer, node.layer):
+            renamed[node.position] = linear.position
+            node = replace(linear, layer=BatchNormed(linear.layer, node.layer))
+        result[node.position] = node
+    return list(result.values())
+
+
+def _identity(size: int, x: Tensor) -> nn.Linear:
+    layer = nn.Linear(size, size, bias=False, device="meta").eval()
+    layer.weight = nn.Parameter(torch.eye(size, dtype=x.dtype, device=x.device), requires_grad=False)
+    return layer
+
+
+def _refuse_training_mode(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if module.training:
+            where = describe(path, module) if path else "the network"
+            raise ValueError(f"{where} is in training mode; call model.eval() first")
+
+
+def _refuse_settings(nodes: list[Node], x: Tensor) -> None:
+    """Refuse all layers that their rules do not know in such settings, at once."""
+    obstacles = []
+    for node in nodes:
+        try:
+            meaning_of(node.layer, Place(node.position, node.shape, x, Arithmetic()))
+        except (TypeError, ValueError) as error:
+            called = f" ({node.line})" if node.line else ""
+            obstacles.append(Obstacle(f"{error}{called}"))
+    if obstacles:
+        raise Refusal(obstacles)

@@ -86,6 +86,23 @@ class LinearOperator(ABC):
         rows, columns = (self.weight.new_ones(1, *shape) for shape in (self.input_shape, self.output_shape))
         return (entries.apply(rows).amax() * entries.adjoint(columns).amax()).sqrt()
 
+    # How large the parts of W are that may cancel in it, a scalar; 0 where a norm of W tells.
+    size_of_parts: Tensor | float = 0.0
+    # By how much an error of every sum inside of W can grow on the way out of it.
+    spread: Tensor | float = 1.0
+
+    def bias_magnitude(self) -> Tensor:
+        """Sums of the absolute values that b was added up from; broadcasts over one image's outputs."""
+        ones = [1] * (len(self.output_shape) - 1)
+        if self.bias_size is not None:
+            return self.bias_size.view(-1, *ones)
+        none = self.weight.new_zeros(self.output_shape[0])
+        return (none if self.bias is None else self.bias.abs()).view(-1, *ones)
+
+    def divided(self, by: float, dtype: torch.dtype) -> LinearOperator:
+        """W / by in another precision, without b."""
+        return self.with_weight((self.weight / by).to(dtype))
+
     @cached_property
     def scale(self) -> Tensor:
         """A power of two, a scalar, about as large as the largest weight."""

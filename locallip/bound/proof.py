@@ -58,7 +58,7 @@ def _product_stage(norms: ProvenNorms, steps: int) -> ProductStage:
 
 
 def proven_norms(
-    model: nn.Module,
+    model: nn.Module | Graph,
     x: Tensor,
     images: int,
     failure_probability: float = 1e-6,
@@ -71,7 +71,7 @@ def proven_norms(
     x: (N, ...) images of the network, of which only shape and dtype count. Otherwise see `ProvenNorms`.
     """
     local_stages = sum(steps > 0 for steps in LANCZOS_STEPS)
-    planned = images * radii * len(Graph.of(model).operators(x)) * local_stages
+    planned = images * radii * len(Graph.of(model, x).operators(x)) * local_stages
     return ProvenNorms(failure_probability, planned, seed=seed, deployed=deployed)
 
 
@@ -121,7 +121,7 @@ def prove(
 
     model, x: float64. norms: see `proven_norms`. Arguments and errors otherwise are those of `decide`.
     """
-    graph = model if isinstance(model, Graph) else Graph.of(model)
+    graph = Graph.of(model, x)
     return decide(proof_stages(graph, x, norms, effort), graph, x, y, epsilon, clip, fallen)
 
 
@@ -152,7 +152,7 @@ def decide(
     """
     refuse_labels(y, x)
     epsilon = torch.as_tensor(epsilon, dtype=x.dtype, device=x.device).expand(len(x))
-    graph = model if isinstance(model, Graph) else Graph.of(model)
+    graph = Graph.of(model, x)
     question = Question(graph, x, y, epsilon, clip)
     places, carried = torch.arange(len(x), device=x.device), None
     decided_by = torch.full_like(places, len(stages))

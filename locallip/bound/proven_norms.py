@@ -275,7 +275,8 @@ def _bracket(norm: Tensor, operator: LinearOperator, steps: int) -> Bracket:
     """Around a computed norm of a scaled operator, what rounding and underflow can have changed."""
     terms = max(*operator.terms, operator.input_shape.numel(), operator.output_shape.numel())
     margin = _ROUNDING_PER_STEP_AND_TERM * steps * terms
-    return Bracket(norm * (1 - margin), norm * (1 + margin) + _UNDERFLOW)
+    besides = _UNDERFLOW + margin * operator.size_of_parts
+    return Bracket((norm * (1 - margin) - margin * operator.size_of_parts).clamp(min=0), norm * (1 + margin) + besides)
 
 
 def _times(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -17,11 +17,14 @@ Assumed: sums are sums. Convolutions by FFT or Winograd and TF32 are outside the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from locallip.bound.joins import Join
 from locallip.bound.operators import Dense, LinearOperator
-from locallip.bound.tensors import underflow_to_nan
+from locallip.bound.tensors import per_image, underflow_to_nan
 
 FLOAT64, FLOAT32 = 2.0**-53, 2.0**-24
 _EXTRA_TERMS = 16
@@ -61,6 +64,20 @@ class ExactArithmetic:
         """What is off behind an activation whose computed entries are off by at most so much, (N, ...) or a number."""
         return self
 
+    def of_join(self, join: Join, lengths: Sequence[Tensor], like: Tensor) -> Tensor | float:
+        """By how much any output can be off where branches meet; lengths: of the longest inputs, (N,) each."""
+        return 0.0
+
+    def joint(self, join: Join, norms: Sequence[Tensor]) -> Tensor:
+        """The Lipschitz constant where branches meet, given theirs, and not below it."""
+        return join.constant(norms)
+
+    def behind_join(
+        self, join: Join, branches: Sequence[ExactArithmetic], lengths: Sequence[Tensor]
+    ) -> ExactArithmetic:
+        """What is off where branches meet, given what is off behind each."""
+        return self
+
     def of_logits(self, last: Dense, length: Tensor) -> float:
         """By how much a logit can be off."""
         return 0.0
@@ -93,11 +110,11 @@ class Rounding(ExactArithmetic):
         """
         ones = [1] * (len(operator.output_shape) - 1)
         length = (length + self.distance).view(-1, 1, *ones)
-        bias = _bias_size(operator).view(-1, *ones)
+        bias = operator.bias_magnitude()
         return self._gamma(_terms(operator)) * (operator.row_norms() * length + bias) + self._underflow(operator)
 
     def _underflow(self, operator: LinearOperator) -> float:
-        return 4 * (_terms(operator) + _EXTRA_TERMS) * _SMALLEST[self.roundoff]
+        return 4 * (_terms(operator) + _EXTRA_TERMS) * _SMALLEST[self.roundoff] * operator.spread
 
     def product(self, norm: Tensor, other: Tensor) -> Tensor:
         """A product of norms that underflow has not made too small: no smaller than 1e-150."""
@@ -109,7 +126,8 @@ class Rounding(ExactArithmetic):
         norm, absolute: upper bounds on ||W|| and || |W| ||. length: (N,) of the longest input.
         """
         outputs = operator.output_shape[1:].numel()
-        bias = _bias_size(operator).norm() * outputs**0.5
+        bias = operator.bias_magnitude()
+        bias = bias.norm() * (operator.output_shape.numel() / bias.numel()) ** 0.5
         largest = absolute * (length + self.distance) + bias
         underflow = self._underflow(operator) * outputs**0.5 * operator.output_shape[0]
         fresh = self._gamma(_terms(operator)) * largest + underflow
@@ -126,6 +144,24 @@ class Rounding(ExactArithmetic):
         fresh = error.flatten(1).norm(dim=1) if isinstance(error, Tensor) else error * entries**0.5
         return Rounding(self.roundoff, (self.distance * lipschitz + fresh) * (1 + 1e-6))
 
+    def of_join(self, join: Join, lengths: Sequence[Tensor], like: Tensor) -> Tensor | float:
+        """By how much any output can be off where branches meet: (N, 1, ...)."""
+        if not join.rounds:
+            return 0.0
+        return per_image(self._gamma(len(lengths)) * (sum(lengths) + self.distance), like)
+
+    def joint(self, join: Join, norms: Sequence[Tensor]) -> Tensor:
+        """The Lipschitz constant where branches meet, rounded up."""
+        return join.constant(norms) * (1 + 1e-12)
+
+    def behind_join(self, join: Join, branches: Sequence[Rounding], lengths: Sequence[Tensor]) -> Rounding:
+        """What is off where branches meet."""
+        distance = join.constant([branch.distance for branch in branches])
+        total = sum(lengths) + sum(branch.distance for branch in branches)
+        fresh = self._gamma(len(lengths)) * total if join.rounds else 0.0
+        distance = (distance + fresh) * (1 + 1e-6)
+        return Rounding(self.roundoff, torch.where(total < _LARGEST[self.roundoff], distance, torch.inf))
+
     def of_logits(self, last: Dense, length: Tensor) -> Tensor:
         """By how much a logit, or a difference of two rows times a step inside the ball, can be off: (N, K)."""
         rows = last.weight.norm(dim=1)
@@ -140,9 +176,3 @@ class Rounding(ExactArithmetic):
 def _terms(operator: LinearOperator) -> int:
     return operator.terms[0]
 
-
-def _bias_size(operator: LinearOperator) -> Tensor:
-    """(C_out,) sum of the absolute values of what the bias was added up from."""
-    if operator.bias_size is not None:
-        return operator.bias_size
-    return operator.weight.new_zeros(operator.output_shape[0]) if operator.bias is None else operator.bias.abs()

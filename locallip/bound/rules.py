@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from locallip.bound.activations import Activation
+from locallip.bound.joins import Join
+from locallip.bound.nodes import Obstacle, Refusal
 from locallip.bound.norms import Arithmetic
 from locallip.bound.operators import LinearOperator, Position
 
@@ -28,7 +30,7 @@ class Reshape:
     function: Callable[[Tensor], Tensor]
 
 
-Meaning = LinearOperator | Activation | Reshape
+Meaning = LinearOperator | Activation | Reshape | Join
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Place:
 
 Rule = Callable[[nn.Module, Place], Meaning]
 _RULES: dict[type[nn.Module], Rule] = {}
+# What each class computed when its rule was written: who replaces that has another function than the rule's.
+_FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {nn.Sequential: nn.Sequential.forward}
 
 
 def rule(*layer_types: type[nn.Module]) -> Callable[[Rule], Rule]:
@@ -57,6 +61,7 @@ def rule(*layer_types: type[nn.Module]) -> Callable[[Rule], Rule]:
 
     def register(function: Rule) -> Rule:
         _RULES.update(dict.fromkeys(layer_types, function))
+        _FORWARDS.update({layer_type: layer_type.forward for layer_type in layer_types})
         return function
 
     return register
@@ -69,10 +74,42 @@ def meaning_of(layer: nn.Module, place: Place) -> Meaning:
         TypeError: if its type has no rule, or the rule does not know such settings; names layer and position.
         ValueError: if it is in training mode and computes otherwise there.
     """
-    if type(layer) not in _RULES:
-        supported = ", ".join(sorted({layer_type.__name__ for layer_type in _RULES if layer_type is not BatchNormed}))
-        raise TypeError(f"no rule for {describe(place.position, layer)}; supported are {supported}")
+    if not has_rule(layer):
+        raise Refusal([no_rule(place.position, layer)])
     return _RULES[type(layer)](layer, place)
+
+
+def has_rule(layer: nn.Module) -> bool:
+    """Whether layers of exactly this type have a rule."""
+    return type(layer) in _RULES
+
+
+def class_is_patched(kind: type[nn.Module]) -> bool:
+    """Whether a class computes otherwise than when its rule was written."""
+    return kind in _FORWARDS and kind.forward is not _FORWARDS[kind]
+
+
+_NORMALIZES = "it divides by a norm or deviation of the image's own, which no constant bounds"
+_IS_LAST = "if it is the last, hand over the network without it: it does not change which logit is the largest"
+_ADVICE = {
+    **dict.fromkeys(("Softmax", "LogSoftmax", "Softmax2d"), _IS_LAST),
+    **dict.fromkeys(("LayerNorm", "GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "RMSNorm"), _NORMALIZES),
+    "MultiheadAttention": "dot products of activations with each other are not Lipschitz",
+}
+
+
+def no_rule(position: Position, layer: nn.Module, line: str = "") -> Obstacle:
+    """The obstacle that a layer without a rule is. line: the user's that calls it."""
+    kind, name = type(layer), type(layer).__name__
+    called = f" ({line})" if line else ""
+    supported = sorted(k.__name__ for k in _RULES if k.__module__ != __name__ and not k.__name__.startswith("_"))
+    if not kind.__module__.startswith("torch."):
+        name = f"{kind.__module__}.{name}"
+    if name in _ADVICE:
+        return Obstacle(f"no rule for {name} at position {position}{called}", _ADVICE[name])
+    way_out = f"use nn.{kind.__name__}" if kind.__name__ in supported else "write one (@rule)"
+    listed = ", ".join(supported)
+    return Obstacle(f"no rule for {name} at position {position}{called}", f"{way_out}; supported are {listed}")
 
 
 def describe(position: Position, layer: nn.Module) -> str:

@@ -9,6 +9,8 @@ for every network here.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,11 +19,13 @@ from torch import Tensor, nn
 from locallip.bound.activations import Activation
 from locallip.bound.bound import Bound, HiddenLayer
 from locallip.bound.graph import Graph
+from locallip.bound.joins import Join
+from locallip.bound.nodes import IMAGES
 from locallip.bound.norms import Bracket, Norms
 from locallip.bound.operators import Dense, LinearOperator, Position
 from locallip.bound.region import CenteredRegion, Point, Region
 from locallip.bound.rounding import ExactArithmetic, Rounding
-from locallip.bound.rules import Reshape
+from locallip.bound.rules import Meaning, Reshape
 from locallip.bound.tensors import per_image
 
 
@@ -39,7 +43,8 @@ def propagate(
     """Walk through the network with ball and box.
 
     Args:
-        model: ends in an `nn.Linear`; every layer before it has a registered rule.
+        model: every layer and call of it has a rule (see `Graph.of`), or its graph, which saves a run where it is asked
+            often and is no plain Sequential.
         x: (N, ...) images.
         epsilon: L2 radius in the space of x, one for all or one per image (N,).
         norms: answers for the spectral norms, e.g. `PowerIteration(5)`.
@@ -67,17 +72,16 @@ def propagate(
         raise ValueError(f"an image has values outside of {clip}")
     if not box and sparse_threshold is not None:
         raise ValueError("how far boxes reach cannot be told without a box")
-    graph = model if isinstance(model, Graph) else Graph.of(model)
+    graph = Graph.of(model, x)
     meanings = graph.meanings(x, norms.arithmetic)
     walk = _Walk(epsilon, norms, sparse_threshold, fused, keep_layers)
-    state = walk.first(x, clip, box)
-    for position, meaning in meanings:
-        if isinstance(meaning, LinearOperator):
-            state = walk.linear(state, meaning)
-        elif isinstance(meaning, Activation):
-            state = walk.activation(state, position, meaning)
-        else:
-            state = walk.reshape(state, meaning)
+    states = _States(graph.consumers())
+    states.keep(IMAGES, walk.first(x, clip, box))
+    for node, (position, meaning) in zip(graph.hidden, meanings):
+        state = walk.behind(states.take(node.inputs), position, meaning)
+        # Rows go only with what everything sees that comes behind.
+        states.keep(position, walk.closed(state) if states.are_shared(position) else state)
+    (state,) = states.take(graph.last.inputs)
     return walk.finish(state, graph.last_operator())
 
 
@@ -122,6 +126,31 @@ class _State:
     open: _Open | None = None
 
 
+class _States:
+    """States by position, each until the last layer has taken it. consumers: how many layers take it."""
+
+    def __init__(self, consumers: Counter[Position | None]):
+        self._waiting = consumers.copy()
+        self._known: dict[Position | None, _State] = {}
+
+    def keep(self, position: Position | None, state: _State) -> None:
+        """Keep a state for those that will take it."""
+        self._known[position] = state
+
+    def are_shared(self, position: Position | None) -> bool:
+        """Whether several layers will take what stands there."""
+        return self._waiting[position] > 1
+
+    def take(self, positions: Sequence[Position | None]) -> list[_State]:
+        """The states that a layer takes; what nobody else waits for is forgotten."""
+        states = [self._known[position] for position in positions]
+        self._waiting.subtract(positions)
+        for position in set(positions):
+            if not self._waiting[position]:
+                del self._known[position]
+        return states
+
+
 class _Walk:
     """Takes states from layer to layer; asks `norms` for the norms, and keeps what `Bound` reports of the layers."""
 
@@ -155,9 +184,20 @@ class _Walk:
             lower, upper = lower.clamp(min=clip[0]), upper.clamp(max=clip[1])
         return Region(x, lower, upper)
 
+    def behind(self, states: list[_State], position: Position, meaning: Meaning) -> _State:
+        """Behind a layer."""
+        if isinstance(meaning, Join):
+            return self.join(states, meaning)
+        (state,) = states
+        if isinstance(meaning, LinearOperator):
+            return self.linear(state, meaning)
+        if isinstance(meaning, Activation):
+            return self.activation(state, position, meaning)
+        return self.reshape(state, meaning)
+
     def linear(self, state: _State, operator: LinearOperator) -> _State:
         """Behind W x + b."""
-        state = self._closed(state)
+        state = self.closed(state)
         radius = self._radius(state, state.local if self.norms.local_ball else state.whole)
         length = self._longest(state, radius)
         region = state.region.behind(operator, radius, state.rounding.of_sums(operator, length))
@@ -236,9 +276,24 @@ class _Walk:
         columns = None if state.columns is None else reshape.function(state.columns)
         return replace(state, region=state.region.reshape(reshape.function), columns=columns)
 
+    def join(self, states: list[_State], join: Join) -> _State:
+        """Where branches meet, each with constants of its own."""
+        self._layers = None  # the dual knows chains alone
+        states = [self.closed(state) for state in states]
+        regions, roundings = [state.region for state in states], [state.rounding for state in states]
+        lengths = [self._longest(state, self._radius(state, state.local)) for state in states]
+        rounding = roundings[0].behind_join(join, roundings, lengths)
+        deployed = states[0].deployed.behind_join(join, [state.deployed for state in states], lengths)
+        constants = [rounding.joint(join, norms) for norms in zip(*((s.local, s.lowest, s.whole) for s in states))]
+        region = join.region(regions)
+        region = region.widened(rounding.of_join(join, lengths, region.center))
+        columns = join.columns([state.columns for state in states], regions)
+        state = _State(region, *constants, rounding, deployed, columns)
+        return replace(state, region=region.of_radius(self._radius(state, state.whole)))
+
     def finish(self, state: _State, last: Dense) -> Bound:
         """Read off the last hidden layer and pass its value at x through the last layer."""
-        state = self._closed(state)
+        state = self.closed(state)
         region, radius = state.region, self._radius(state, state.local)
         length, logit_rounding, deployed_rounding = self._longest(state, radius), None, 0.0
         if length is not None:
@@ -279,7 +334,7 @@ class _Walk:
         largest = torch.maximum(region.lower.abs(), torch.maximum(region.upper.abs(), region.center.abs()))
         return largest.flatten(1).norm(dim=1) + radius
 
-    def _closed(self, state: _State) -> _State:
+    def closed(self, state: _State) -> _State:
         """Ask for the local norm of the last linear layer, now that its rows are known."""
         if state.open is None:
             return state

@@ -48,6 +48,7 @@ class Estimate:
 
     def __init__(self, model: nn.Sequential, args: argparse.Namespace):
         self.model, self.args, self.clip = model, args, clip_range(args)
+        self.graph: Graph | None = None
         self.global_vectors: dict[Position, Tensor] = {}
 
     def __call__(self, x: Tensor, y: Tensor, fallen: Tensor, place: int = 0) -> Known:
@@ -71,15 +72,17 @@ class Estimate:
 
     def _restart(self, x: Tensor, place: int) -> None:
         """Start from the singular vectors of the whole layers, and from nothing of other batches."""
-        if not self.global_vectors:
+        if self.graph is None:
+            self.graph = Graph.of(self.model, x)
+            self.graph.refuse_if_unlike(self.model, x)
             whole = PowerIteration(self.args.test_sniter, seed=self.args.seed, local_positions=[])
-            propagate(self.model, x[:1], self.args.epsilon, whole)
+            propagate(self.graph, x[:1], self.args.epsilon, whole)
             self.global_vectors = whole.global_vectors
         seed = seed_of(self.args.seed, place)
         self.norms = PowerIteration(1, global_vectors=self.global_vectors, seed=seed, skip_idle_masks=True)
 
     def _ask(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        bound = propagate(self.model, x, self.args.epsilon, self.norms, self.clip)
+        bound = propagate(self.graph, x, self.args.epsilon, self.norms, self.clip)
         rows, columns = eliminated(bound)
         return {
             "margin": worst_margin(bound.logits, y),
@@ -95,7 +98,7 @@ class Estimate:
         """Certified (N,) at another radius, by fewer iterations; there is one effort only."""
         self.norms.iterations, self.norms.local_vectors = max(10, self.args.test_sniter // 20), {}
         self.norms.local_positions = None
-        bound = propagate(self.model, x, epsilon, self.norms, self.clip)
+        bound = propagate(self.graph, x, epsilon, self.norms, self.clip)
         return worst_margin(worst_logits(bound, y, self.args.test_opt_iter), y) > 0
 
     def describe(self, counts: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -115,16 +118,18 @@ class Proven:
 
     def __init__(self, model: nn.Sequential, args: argparse.Namespace, x: Tensor, questions: int, seed: int):
         self.model, self.args, self.clip, self.seed = copy.deepcopy(model).double(), args, clip_range(args), seed
-        self.last = Graph.of(self.model).last_operator()
+        self.graph = Graph.of(self.model, x.double())
+        self.graph.refuse_if_unlike(model, x.double())
+        self.last = self.graph.last_operator()
         compares = args.clip or args.deployed != "exact"
         probability = args.failure_probability / (2 if compares else 1)
-        plan = (self.model, x.double(), questions, probability)
+        plan = (self.graph, x.double(), questions, probability)
         self.norms = proven_norms(*plan, seed=seed, deployed=args.deployed)
         # What --clip gains and --deployed costs is measured beside the certificate without them.
         self.plain_norms = proven_norms(*plan, seed=seed + 1) if compares else None
         self.knows_whole_norms = False
         self.effort = args.effort
-        self.stages = [stage.name for stage in proof_stages(Graph.of(self.model), x, self.norms, args.effort)]
+        self.stages = [stage.name for stage in proof_stages(self.graph, x, self.norms, args.effort)]
 
     def __call__(self, x: Tensor, y: Tensor, fallen: Tensor, place: int = 0) -> Known:
         """What is known about a batch at epsilon.
@@ -137,7 +142,7 @@ class Proven:
         proof = self._prove(x, y, self.args.epsilon, self.effort, fallen)
         counts = {"seconds": np.array(proof.seconds)}
         if self.plain_norms is not None:
-            plain = prove(self.model, x, y, self.args.epsilon, self.plain_norms, None, self.args.effort, fallen)
+            plain = prove(self.graph, x, y, self.args.epsilon, self.plain_norms, None, self.args.effort, fallen)
             counts["certified_plain"] = (plain.worst_margin > 0).sum(dim=0, keepdim=True).cpu().numpy()
         columns = {
             "margin": worst_margin(proof.logits, y),
@@ -152,14 +157,14 @@ class Proven:
         return Known(columns, np.where((proof.worst_margin > 0).cpu(), by, ""), counts)
 
     def _prove(self, x: Tensor, y: Tensor, epsilon: float, effort: str, fallen: Tensor | None = None) -> Proof:
-        return prove(self.model, x, y, epsilon, self.norms, self.clip, effort, fallen)
+        return prove(self.graph, x, y, epsilon, self.norms, self.clip, effort, fallen)
 
     def _restart(self, x: Tensor, place: int) -> None:
         """Draw the batch's random numbers; those of the whole norms, which all batches share, come before all."""
         for norms in filter(None, (self.norms, self.plain_norms)):
             if not self.knows_whole_norms:
                 norms.restart(0)
-                propagate(self.model, x[:1], 0.0, norms.with_steps(0))
+                propagate(self.graph, x[:1], 0.0, norms.with_steps(0))
             norms.restart(1 + place)
         self.knows_whole_norms = True
 

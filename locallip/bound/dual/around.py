@@ -11,6 +11,7 @@ from locallip.bound.activations import Activation
 from locallip.bound.bound import Bound, HiddenLayer
 from locallip.bound.dual.chain import Chain, Hidden
 from locallip.bound.dual.elementwise import ClippedLine
+from locallip.bound.joins import Join
 from locallip.bound.norms import Norms
 from locallip.bound.operators import LinearOperator, Position
 from locallip.bound.proven_norms import ProvenNorms
@@ -22,6 +23,8 @@ def is_chain(meanings: Sequence[tuple[Position, Meaning]]) -> bool:
     """Whether the dual can be asked about a network of such layers: see `chain_of`."""
     behind: list[list[Activation]] = []
     for _, meaning in meanings:
+        if isinstance(meaning, Join):
+            return False
         if isinstance(meaning, LinearOperator):
             behind.append([])
         elif isinstance(meaning, Activation):

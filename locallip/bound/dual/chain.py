@@ -152,7 +152,7 @@ def single(chain: Chain, slope: Tensor) -> tuple[Chain, Tensor, Scale]:
     hidden = []
     for layer in chain.hidden:
         factor = _power(layer.norm)
-        operator = layer.operator.with_weight((layer.operator.weight / factor).float())
+        operator = layer.operator.divided(factor, torch.float32)
         values.append(values[-1] * factor)
         steps = {name: getattr(layer, name) for name in ("center", "lo", "hi")}
         steps = {name: None if step is None else (step / values[-1]).float() for name, step in steps.items()}

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from locallip.bound.dual.chain import Chain, Hidden
 from locallip.bound.dual.value import Evaluation, Multipliers, evaluate
+from locallip.bound.operators import LinearOperator
 
 _ROUNDOFF = 2.0**-53
 _LARGEST, _SMALLEST = 1e90, 1e-90
@@ -134,12 +135,10 @@ def _gamma(terms: int) -> float:
     return 2 * product / (1 - product)
 
 
-def _bias_size(operator) -> Tensor | float:  # noqa: ANN001
+def _bias_size(operator: LinearOperator) -> Tensor:
     """L2 norm over all outputs of the absolute values from which the bias was added up."""
-    if operator.bias is None:
-        return 0.0
-    size = operator.bias.abs() if operator.bias_size is None else operator.bias_size
-    return size.norm() * operator.output_shape[1:].numel() ** 0.5
+    size = operator.bias_magnitude()
+    return size.norm() * (operator.output_shape.numel() / size.numel()) ** 0.5
 
 
 def _activation_error(layer: Hidden) -> Tensor:

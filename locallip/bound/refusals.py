@@ -1,0 +1,83 @@
+"""What keeps a module from computing what its class says: found before anything runs, all of it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn.modules import module as hooks_of_all
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize, prune
+
+from locallip.bound.nodes import Obstacle, Refusal
+from locallip.bound.rules import class_is_patched, describe
+
+_WRAPPERS = {
+    "OptimizedModule": ("is compiled", "hand over its `._orig_mod`"),
+    "DataParallel": ("is spread over devices", "hand over its `.module`"),
+    "DistributedDataParallel": ("is spread over processes", "hand over its `.module`"),
+    "FullyShardedDataParallel": ("is spread over processes", "hand over the module before it is wrapped"),
+}
+
+
+def refuse_what_computes_otherwise(model: nn.Module) -> None:
+    """Refuse a network with modules that do not compute what their classes say.
+
+    Raises:
+        TypeError: if it is no module.
+        Refusal: names all such modules, each with its place and a way out.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the network must be an nn.Module, got {type(model).__name__}")
+    obstacles = [*_of_all_modules(), *(o for path, module in model.named_modules() for o in _of(path, module))]
+    if obstacles:
+        raise Refusal(obstacles)
+
+
+def _of_all_modules() -> Iterator[Obstacle]:
+    if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
+        yield Obstacle("all modules of this process have a forward hook, which can change what they compute", "remove it")
+
+
+def _of(path: str, module: nn.Module) -> Iterator[Obstacle]:
+    where = describe(path, module) if path else "the network"
+    kind = type(module).__name__
+    if kind in _WRAPPERS:
+        what, way_out = _WRAPPERS[kind]
+        yield Obstacle(f"{where} {what} ({kind})", way_out)
+    elif isinstance(module, torch.jit.ScriptModule):
+        yield Obstacle(f"{where} is TorchScript, which cannot be read", "hand over the module that it was made of")
+    else:
+        yield from _of_parameters(where, path, module)
+        yield from _of_calls(where, module)
+
+
+def _of_parameters(where: str, path: str, module: nn.Module) -> Iterator[Obstacle]:
+    at = f"model.get_submodule('{path}')" if path else "model"
+    if parametrize.is_parametrized(module):
+        names = ", ".join(module.parametrizations)
+        way_out = f"call torch.nn.utils.parametrize.remove_parametrizations({at}, '{names.split(', ')[0]}') first"
+        yield Obstacle(f"{where} has a parametrization of {names}", way_out)
+    if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
+        yield Obstacle(f"{where} is lazy and has no weights yet", "run the network once on an image")
+
+
+def _of_calls(where: str, module: nn.Module) -> Iterator[Obstacle]:
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod):
+            name = hook._tensor_name
+            yield Obstacle(f"{where} is pruned at {name}", f"call torch.nn.utils.prune.remove(layer, '{name}') first")
+        elif type(hook).__name__ in ("WeightNorm", "SpectralNorm"):
+            call = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}[type(hook).__name__]
+            yield Obstacle(f"{where} computes its weight anew in every call", f"call torch.nn.utils.{call}(layer) first")
+        else:
+            yield Obstacle(f"{where} has a forward pre-hook, which can change what it computes", "remove the hook")
+    if module._forward_hooks:
+        yield Obstacle(f"{where} has forward hooks, which can change what it computes", "remove the hooks")
+    if "forward" in vars(module):
+        yield Obstacle(f"{where} has a forward of its own in place of its class's", "write it into a class")
+    if module._compiled_call_impl is not None:
+        yield Obstacle(f"{where} is compiled in place", "ask before `.compile()`")
+    if class_is_patched(type(module)):
+        yield Obstacle(f"{where}: the class's forward has been replaced", "give a class of your own a rule (@rule)")
