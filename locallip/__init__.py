@@ -11,7 +11,7 @@ from locallip.bound.activations import Activation, Clip, ClippedMaxMin, Elementw
 from locallip.bound.bound import Bound
 from locallip.bound.certificates import Lipschitz, certified_radius, certify, local_lipschitz
 from locallip.bound.graph import Graph
-from locallip.bound.layers import ClampGroupSort, Normalize, ReLU_x
+from locallip.bound.layers import ClampGroupSort, GroupSort, MaxMin, Normalize, ReLU_x
 from locallip.bound.losses import bcp_loss, gloro_loss
 from locallip.bound.norms import Arithmetic, Bracket, Norms
 from locallip.bound.operators import Conv, Dense, LinearOperator
@@ -36,8 +36,10 @@ __all__ = [
     "DualStage",
     "Elementwise",
     "Graph",
+    "GroupSort",
     "LinearOperator",
     "Lipschitz",
+    "MaxMin",
     "Normalize",
     "Norms",
     "Place",

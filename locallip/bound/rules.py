@@ -70,9 +70,40 @@ def meaning_of(layer: nn.Module, place: Place) -> Meaning:
         ValueError: if it is in training mode and computes otherwise there.
     """
     if type(layer) not in _RULES:
-        supported = ", ".join(sorted({layer_type.__name__ for layer_type in _RULES if layer_type is not BatchNormed}))
-        raise TypeError(f"no rule for {describe(place.position, layer)}; supported are {supported}")
+        raise TypeError(f"no rule for {without_rule(layer, place.position)}")
     return _RULES[type(layer)](layer, place)
+
+
+def without_rule(layer: nn.Module, position: Position) -> str:
+    """How messages name a layer that has no rule, and the way out."""
+    where = describe(position, layer)
+    known = {kind.__name__: kind for kind in _RULES if kind is not BatchNormed}
+    namesake = known.get(type(layer).__name__)
+    if namesake is not None:
+        mine, known_one = (f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in (type(layer), namesake))
+        return f"{type(layer).__module__}.{where}, which is not {known_one}; use that, or give {mine} a rule (@rule)"
+    for kinds, advice in _ADVICE.items():
+        if isinstance(layer, kinds):
+            return f"{where}: {advice}"
+    return f"{where}; write one (@rule, see docs/adding_a_layer.md), or use one of {', '.join(sorted(known))}"
+
+
+# What is often asked for and cannot be had, and the way out.
+_ADVICE: dict[tuple[type[nn.Module], ...], str] = {
+    (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm): (
+        "it divides by what it measures of the image itself, so that no useful Lipschitz constant is known; train with "
+        "batch normalisation or none"
+    ),
+    (nn.Softmax, nn.LogSoftmax, nn.Softmax2d, nn.Softmin): (
+        "certificates compare logits, which it does not reorder at the end of a network: take it off there; in the "
+        "middle of one it has no rule"
+    ),
+    (nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer): (
+        "attention multiplies activations with one another and has no Lipschitz constant at all; no rule can help"
+    ),
+    (nn.Hardshrink, nn.Threshold): "it jumps, so that it has no Lipschitz constant; use a continuous activation",
+    (nn.LSTM, nn.GRU, nn.RNN): "recurrent layers multiply activations with one another; no rule can help",
+}
 
 
 def describe(position: Position, layer: nn.Module) -> str:
