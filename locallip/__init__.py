@@ -10,6 +10,7 @@ The bound is in `locallip.bound`; `locallip.training` trains through it, `locall
 from locallip.bound.activations import Activation, Clip, ClippedMaxMin, Elementwise
 from locallip.bound.bound import Bound
 from locallip.bound.certificates import Lipschitz, certified_radius, certify, local_lipschitz
+from locallip.bound.checks import check_operator, check_rule
 from locallip.bound.graph import Graph
 from locallip.bound.layers import ClampGroupSort, GroupSort, MaxMin, Normalize, ReLU_x
 from locallip.bound.losses import bcp_loss, gloro_loss
@@ -53,6 +54,8 @@ __all__ = [
     "bcp_loss",
     "certified_radius",
     "certify",
+    "check_operator",
+    "check_rule",
     "decide",
     "gloro_logits",
     "gloro_loss",

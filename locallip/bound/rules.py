@@ -80,8 +80,9 @@ def without_rule(layer: nn.Module, position: Position) -> str:
     known = {kind.__name__: kind for kind in _RULES if kind is not BatchNormed}
     namesake = known.get(type(layer).__name__)
     if namesake is not None:
-        mine, known_one = (f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in (type(layer), namesake))
-        return f"{type(layer).__module__}.{where}, which is not {known_one}; use that, or give {mine} a rule (@rule)"
+        home = "nn" if namesake.__module__.startswith("torch.") else "locallip"
+        other = f"use {home}.{namesake.__name__}, which has one, or write one (@rule, see docs/adding_a_layer.md)"
+        return f"{type(layer).__module__}.{where}; {other}"
     for kinds, advice in _ADVICE.items():
         if isinstance(layer, kinds):
             return f"{where}: {advice}"
@@ -102,7 +103,6 @@ _ADVICE: dict[tuple[type[nn.Module], ...], str] = {
         "attention multiplies activations with one another and has no Lipschitz constant at all; no rule can help"
     ),
     (nn.Hardshrink, nn.Threshold): "it jumps, so that it has no Lipschitz constant; use a continuous activation",
-    (nn.LSTM, nn.GRU, nn.RNN): "recurrent layers multiply activations with one another; no rule can help",
 }
 
 
