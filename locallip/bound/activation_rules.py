@@ -100,6 +100,10 @@ def _logsigmoid(layer: nn.LogSigmoid, place: Place) -> Activation:
 @rule(nn.Softplus)
 def _softplus(layer: nn.Softplus, place: Place) -> Activation:
     _refuse_unless_positive(layer, place, "beta")
+    if not layer.threshold >= 20:
+        refuse(
+            place, layer, f"jumps where it goes over to x, at a threshold of {layer.threshold}; 20 or more is supported"
+        )
     return curves.softplus(float(layer.beta), float(layer.threshold))
 
 

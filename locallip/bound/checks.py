@@ -27,8 +27,8 @@ _DENSE = 2**22
 def check_operator(operator: LinearOperator) -> None:
     """Try whether an operator keeps what `LinearOperator` promises.
 
-    Shapes, `adjoint` against `apply`, `affine`, `absolute`, `row_norms`, `terms`, `norm_bound` and `weight_gradient`, and
-    that no product changes its input. A small operator is compared with its matrix.
+    Shapes, `adjoint` against `apply`, `affine`, `absolute`, `row_norms`, `terms`, `norm_bound` and `weight_gradient`,
+    and that no product changes its input. A small operator is compared with its matrix.
 
     operator: with a weight in float64.
 
@@ -224,10 +224,8 @@ class _RuleCheck:
         self.require(inside, "an output leaves the box that the rule puts behind the layer")
         constant = (outputs == outputs[0]).all(dim=0)
         self.require(constant | varying, "an output changes that the rule says cannot vary")
-        steepness, most = activation.steepness(region), activation.lipschitz
-        self.require(
-            torch.as_tensor(steepness <= most * (1 + 1e-9)), "it is steeper in a box than its Lipschitz constant"
-        )
+        steepness, most = activation.steepness(region), activation.lipschitz * (1 + 1e-9)
+        self.require(torch.as_tensor(steepness) <= most, "the rule's constant in a box is above that everywhere")
         # Two points of the box: at random, and apart in one entry alone.
         entry = torch.randint(points[0, 0].numel(), (_SAMPLES,), generator=self.random._generator)
         alone = points.flatten(2).clone()
@@ -236,10 +234,8 @@ class _RuleCheck:
         for there in (points.roll(1, 0), alone.view_as(points)):
             rise = (_each(activation, there) - outputs).flatten(2).norm(dim=2)
             run = (there - points).flatten(2).norm(dim=2)
-            self.require(
-                rise <= run * steepness * (1 + 1e-9) + 1e-12,
-                "two points of a box move apart by more than the rule's Lipschitz constant",
-            )
+            within = rise <= run * steepness * (1 + 1e-9) + 1e-12
+            self.require(within, "two points of a box move apart by more than the rule's Lipschitz constant")
 
     # --- as a part of a network
 

@@ -168,16 +168,16 @@ def tanhshrink() -> Curve:
 def softplus(beta: float, threshold: float) -> Curve:
     """log(1 + exp(beta x)) / beta.
 
-    PyTorch gives x itself where beta x exceeds a threshold. By what that misses the function jumps there: an error at
-    both ends of every step.
+    PyTorch gives x itself where beta x exceeds a threshold, of 20 at least here. By what that misses the function jumps
+    there: an error at both ends of every step.
     """
     jump = math.log1p(math.exp(-threshold)) / beta
     return Curve(
         lambda x: F.softplus(x, beta, threshold),
         lambda x: torch.sigmoid(beta * x),
         1.0,
-        2 * jump + _ULPS * (max(threshold, 0.0) + 1) / beta,
-        curvature=beta / 4 if threshold >= 20 else None,
+        2 * jump + _ULPS * (threshold + 1) / beta,
+        curvature=beta / 4,
     )
 
 
