@@ -10,8 +10,9 @@ The bound is in `locallip.bound`; `locallip.training` trains through it, `locall
 from locallip.bound.activations import Activation, Clip, ClippedMaxMin, Elementwise
 from locallip.bound.bound import Bound
 from locallip.bound.certificates import Lipschitz, certified_radius, certify, local_lipschitz
+from locallip.bound.checks import check_operator, check_rule
 from locallip.bound.graph import Graph
-from locallip.bound.layers import ClampGroupSort, Normalize, ReLU_x
+from locallip.bound.layers import ClampGroupSort, GroupSort, MaxMin, Normalize, ReLU_x
 from locallip.bound.losses import bcp_loss, gloro_loss
 from locallip.bound.norms import Arithmetic, Bracket, Norms
 from locallip.bound.operators import Conv, Dense, LinearOperator
@@ -36,8 +37,10 @@ __all__ = [
     "DualStage",
     "Elementwise",
     "Graph",
+    "GroupSort",
     "LinearOperator",
     "Lipschitz",
+    "MaxMin",
     "Normalize",
     "Norms",
     "Place",
@@ -51,6 +54,8 @@ __all__ = [
     "bcp_loss",
     "certified_radius",
     "certify",
+    "check_operator",
+    "check_rule",
     "decide",
     "gloro_logits",
     "gloro_loss",

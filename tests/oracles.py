@@ -102,15 +102,15 @@ def inner(a, b):
 
 
 @st.composite
-def convolutions(draw, kernel=None):
+def convolutions(draw, kernel=None, dims=2):
     """A small random convolution of any geometry, on images of any size that it can take."""
-    sizes, pair = (st.tuples(st.integers(1, high), st.integers(1, high)) for high in (4, 3))
-    kernel, stride, dilation = draw(sizes if kernel is None else kernel), draw(pair), draw(pair)
-    padding = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
+    sizes, steps, paddings = (st.tuples(*[st.integers(*ends)] * dims) for ends in ((1, 4), (1, 3), (0, 2)))
+    kernel, stride, dilation = draw(sizes if kernel is None else kernel), draw(steps), draw(steps)
+    padding = draw(paddings)
     groups = draw(st.sampled_from([1, 1, 2]))
     # No smaller than what the kernel needs.
     smallest = [max(1, d * (k - 1) + 1 - 2 * p) for k, p, d in zip(kernel, padding, dilation)]
-    sides = [side + draw(st.integers(0, 5)) for side in smallest]
+    sides = [side + draw(st.integers(0, 5 if dims < 3 else 1)) for side in smallest]
     inputs, outputs = (groups * draw(st.integers(1, 2)) for _ in range(2))
     torch.manual_seed(draw(st.integers(0, 2**20)))
     weight = torch.randn(outputs, inputs // groups, *kernel, dtype=torch.float64)
@@ -156,9 +156,9 @@ EPSILONS = (0.05, 0.4, 2.0)
 IMAGES = 4
 SAMPLES = 64
 CLASSES = 5
-MAPS, ENTRIES = (2, 6, 6), (12,)
+MAPS, ENTRIES, SIGNALS, VOLUMES = (2, 6, 6), (12,), (2, 12), (2, 3, 4, 4)
 ACTIVATION_TYPES = (nn.ReLU, ReLU_x, ClampGroupSort)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def clipped_relu(*shape):

@@ -1,7 +1,8 @@
 """Activations: what a walk has to know of a function that is applied to the outputs of a linear layer.
 
 Every activation in this file is monotone in each of its inputs and has Lipschitz constant 1, so that it takes the ends
-of a box to the ends of a box and makes no ball larger. `curves` and `mixing` have others, with constants of their own.
+of a box to the ends of a box and makes no ball larger. `sorting` has more of that kind, `curves` and `pooling` have
+others.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ class _Reader(TorchFunctionMode):
     def _read_leaf(self, module: nn.Module, inputs: list[Tensor], output: Any) -> None:
         position = self._name(_position(self._path(module)))
         if not has_rule(module):
-            self._refuse(no_rule(position, module, _line()), output)
+            self._refuse(no_rule(module, position, _line()), output)
         elif len(inputs) != 1 or not isinstance(output, Tensor):
             what = f"{type(module).__name__} at position {position}{_line(' ({})')} takes or gives several tensors"
             self._refuse(Obstacle(what), output)

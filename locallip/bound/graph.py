@@ -75,7 +75,7 @@ class Graph:
             if all(has_rule(node.layer) for node in nodes) and type(nodes[-1].layer) is nn.Linear:
                 return cls(tuple(nodes[:-1]), nodes[-1])
             if x is None:
-                missing = [no_rule(node.position, node.layer) for node in nodes if not has_rule(node.layer)]
+                missing = [no_rule(node.layer, node.position) for node in nodes if not has_rule(node.layer)]
                 raise Refusal(missing or [Obstacle("the network ends in no Linear", "give images to read it with")])
         if x is None:
             raise TypeError("the network is no nn.Sequential of layers with rules, and without images it cannot be run")

@@ -1,4 +1,4 @@
-"""Layers that PyTorch does not have: the paper's two activations, and the normalisation of images."""
+"""Layers that PyTorch does not have: the paper's two activations, sorting ones, and the normalisation of images."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from locallip.bound.activations import Clip, ClippedMaxMin
+from locallip.bound.sorting import PlainMaxMin, SortedGroups
 
 
 def _feature_shape(input_size: int | Sequence[int]) -> tuple[int, ...]:
@@ -59,6 +60,33 @@ class ClampGroupSort(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ClippedMaxMin(self.min, self.max)(x)
+
+
+class MaxMin(nn.Module):
+    """The channels split in halves a | b, out = [max(a, b), min(a, b)]: it keeps the length of every gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return PlainMaxMin()(x)
+
+
+class GroupSort(nn.Module):
+    """Every group of neighbouring channels sorted, the smallest first (Anil, Lucas and Grosse 2019).
+
+    Args:
+        group_size: number of channels in a group; that of all channels has to be a multiple of it.
+    """
+
+    def __init__(self, group_size: int):
+        super().__init__()
+        if group_size < 1:
+            raise ValueError(f"a group needs at least one channel, got {group_size}")
+        self.group_size = group_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return SortedGroups(self.group_size)(x)
+
+    def extra_repr(self) -> str:
+        return f"group_size={self.group_size}"
 
 
 class Normalize(nn.Module):

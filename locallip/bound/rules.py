@@ -75,7 +75,7 @@ def meaning_of(layer: nn.Module, place: Place) -> Meaning:
         ValueError: if it is in training mode and computes otherwise there.
     """
     if not has_rule(layer):
-        raise Refusal([no_rule(place.position, layer)])
+        raise Refusal([no_rule(layer, place.position)])
     return _RULES[type(layer)](layer, place)
 
 
@@ -89,27 +89,44 @@ def class_is_patched(kind: type[nn.Module]) -> bool:
     return kind in _FORWARDS and kind.forward is not _FORWARDS[kind]
 
 
-_NORMALIZES = "it divides by a norm or deviation of the image's own, which no constant bounds"
-_IS_LAST = "if it is the last, hand over the network without it: it does not change which logit is the largest"
-_ADVICE = {
-    **dict.fromkeys(("Softmax", "LogSoftmax", "Softmax2d"), _IS_LAST),
-    **dict.fromkeys(("LayerNorm", "GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "RMSNorm"), _NORMALIZES),
-    "MultiheadAttention": "dot products of activations with each other are not Lipschitz",
-}
-
-
-def no_rule(position: Position, layer: nn.Module, line: str = "") -> Obstacle:
-    """The obstacle that a layer without a rule is. line: the user's that calls it."""
-    kind, name = type(layer), type(layer).__name__
+def no_rule(layer: nn.Module, position: Position, line: str = "") -> Obstacle:
+    """What a layer without a rule is to a network, and the way out. line: the user's that calls it."""
     called = f" ({line})" if line else ""
-    supported = sorted(k.__name__ for k in _RULES if k.__module__ != __name__ and not k.__name__.startswith("_"))
-    if not kind.__module__.startswith("torch."):
-        name = f"{kind.__module__}.{name}"
-    if name in _ADVICE:
-        return Obstacle(f"no rule for {name} at position {position}{called}", _ADVICE[name])
-    way_out = f"use nn.{kind.__name__}" if kind.__name__ in supported else "write one (@rule)"
-    listed = ", ".join(supported)
-    return Obstacle(f"no rule for {name} at position {position}{called}", f"{way_out}; supported are {listed}")
+    return Obstacle(f"no rule for {_with_advice(layer, describe(position, layer) + called)}")
+
+
+# Modules whose layers stand for something else in a network.
+_INTERNAL = (__name__, "locallip.bound.plain", "locallip.bound.affine")
+
+
+def _with_advice(layer: nn.Module, where: str) -> str:
+    known = {kind.__name__: kind for kind in _RULES if kind.__module__ not in _INTERNAL}
+    namesake = known.get(type(layer).__name__)
+    if namesake is not None:
+        home = "nn" if namesake.__module__.startswith("torch.") else "locallip"
+        other = f"use {home}.{namesake.__name__}, which has one, or write one (@rule, see docs/adding_a_layer.md)"
+        return f"{type(layer).__module__}.{where}; {other}"
+    for kinds, advice in _ADVICE.items():
+        if isinstance(layer, kinds):
+            return f"{where}: {advice}"
+    return f"{where}; write one (@rule, see docs/adding_a_layer.md), or use one of {', '.join(sorted(known))}"
+
+
+# What is often asked for and cannot be had, and the way out.
+_ADVICE: dict[tuple[type[nn.Module], ...], str] = {
+    (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm): (
+        "it divides by what it measures of the image itself, so that no useful Lipschitz constant is known; train with "
+        "batch normalisation or none"
+    ),
+    (nn.Softmax, nn.LogSoftmax, nn.Softmax2d, nn.Softmin): (
+        "certificates compare logits, which it does not reorder at the end of a network: take it off there; in the "
+        "middle of one it has no rule"
+    ),
+    (nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer): (
+        "attention multiplies activations with one another and has no Lipschitz constant at all; no rule can help"
+    ),
+    (nn.Hardshrink, nn.Threshold): "it jumps, so that it has no Lipschitz constant; use a continuous activation",
+}
 
 
 def describe(position: Position, layer: nn.Module) -> str:

@@ -21,16 +21,23 @@ from oracles import (
 )
 from torch import nn
 
-from local_bound import Activation, Arithmetic, Bound, Graph, LinearOperator
+from local_bound import Activation, Arithmetic, Bound, Graph, LinearOperator, check_rule
 from locallip.bound.region import CenteredRegion, Point, Region, UncutRegion
 
 SAMPLES = 64
 
 
 class ActivationContract:
-    """A subclass sets `shape`, of one image, if it needs another, and has a `create` that makes the activation."""
+    """A subclass sets `shape`, of one image, if it needs another, and has a `create` that makes the activation.
+
+    Attributes:
+        rests: whether some of its outputs cannot vary in a narrow box.
+        monotone: whether no output falls where an input rises.
+    """
 
     shape = (4, 3, 5)
+    rests = True
+    monotone = True
 
     def create(self):
         raise NotImplementedError
@@ -61,12 +68,13 @@ class ActivationContract:
         return region.lower + share * (region.upper - region.lower)
 
     def outputs_of(self, activation, samples):
-        return activation(samples.flatten(0, 1)).view_as(samples)
+        return activation(samples.flatten(0, 1)).unflatten(0, samples.shape[:2])
 
     def test_what_cannot_vary_is_constant_in_the_box(self, activation, region):
         region, fuse = region
         _, varying = activation.behind(region, fuse)
-        assert 0 < varying.double().mean() < 1
+        assert varying.double().mean() > 0
+        assert varying.all() != self.rests
         assert torch.equal(varying, activation.varying(region.lower, region.upper))
         outputs = self.outputs_of(activation, self.samples_of(region))
         assert (outputs == outputs[0])[:, ~varying].all()
@@ -96,17 +104,30 @@ class ActivationContract:
         assert torch.equal(behind.radius, point.radius)
         assert torch.equal(behind.center, activation(point.center))
 
-    def test_it_is_monotone(self, activation, region):
+    def test_it_is_monotone_or_known_not_to_be(self, activation, region):
         samples = self.samples_of(region[0])
         more = samples + torch.rand_like(samples)
-        assert (self.outputs_of(activation, samples) <= self.outputs_of(activation, more)).all()
+        assert (self.outputs_of(activation, samples) <= self.outputs_of(activation, more)).all() == self.monotone
+
+    def test_between_points_of_a_box_it_is_no_steeper_than_it_says(self, activation, region):
+        region, _ = region
+        points = self.samples_of(region)
+        steepness = torch.as_tensor(activation.steepness(region), dtype=torch.float64).detach()
+        assert (steepness <= activation.lipschitz * (1 + 1e-12)).all()
+        for there in (points.roll(1, 0), region.lower + 0.999 * (points - region.lower)):
+            rise = (self.outputs_of(activation, there) - self.outputs_of(activation, points)).flatten(2).norm(dim=2)
+            assert (rise <= steepness * (there - points).flatten(2).norm(dim=2) * (1 + 1e-9) + 1e-12).all()
+
+    def test_in_a_ball_without_a_box_its_constant_is_that_everywhere(self, activation):
+        point = Point(images(*self.shape), torch.arange(IMAGES))
+        assert activation.steepness(point) == activation.lipschitz
 
     @pytest.mark.parametrize("length", [1e-6, 0.1, 10.0])
-    def test_it_makes_no_ball_larger(self, activation, length):
+    def test_no_ball_grows_by_more_than_its_constant(self, activation, length):
         x = torch.randn(SAMPLES, *self.shape, dtype=torch.float64)
         step = length * torch.randn_like(x)
         rise = (activation(x + step) - activation(x)).flatten(1).norm(dim=1)
-        assert (rise <= step.flatten(1).norm(dim=1) * (1 + 1e-9)).all()
+        assert (rise <= activation.lipschitz * step.flatten(1).norm(dim=1) * (1 + 1e-9)).all()
 
     def test_its_gradient_is_that_of_finite_differences(self, activation):
         x = torch.randn(2, *self.shape, dtype=torch.float64, requires_grad=True)
@@ -114,10 +135,10 @@ class ActivationContract:
         assert all(t.requires_grad for t in learnt)
         assert torch.autograd.gradcheck(lambda x, *learnt: activation(x), (x, *learnt))
 
-    def test_it_keeps_the_shape_and_leaves_its_input_as_it_is(self, activation):
+    def test_it_says_the_shape_behind_it_and_leaves_its_input_as_it_is(self, activation):
         x = torch.randn(3, *self.shape, dtype=torch.float64)
         before = x.clone()
-        assert activation(x).shape == x.shape
+        assert activation(x).shape[1:] == activation.shape_behind(torch.Size(self.shape))
         assert torch.equal(x, before)
 
 
@@ -155,11 +176,19 @@ class Case(NamedTuple):
         return dict(Graph.of(self.model).meanings(self.x, Arithmetic()))[self.position]
 
 
+# What makes activations of the same shape of them, by the number of its dimensions.
+_BEFORE = {
+    1: lambda inputs: nn.Linear(inputs, inputs),
+    2: lambda inputs: nn.Conv1d(inputs, inputs, 3, padding=1),
+    3: lambda inputs: nn.Conv2d(inputs, inputs, 3, padding=1),
+    4: lambda inputs: nn.Conv3d(inputs, inputs, 3, padding=1),
+}
+
+
 def make_case(contract, behind_an_activation):
     torch.manual_seed(0)
     shape, layers = contract.shape, settled(*contract.create())
-    before = [nn.Conv2d(2, 2, 3, padding=1) if shape == MAPS else nn.Linear(12, 12), nn.ReLU()]
-    before = before if behind_an_activation else []
+    before = [_BEFORE[len(shape)](shape[0]), nn.ReLU()] if behind_an_activation else []
     features = layers(torch.zeros(1, *shape, dtype=torch.float64)).numel()
     model = settled(*before, *layers, nn.ReLU(), nn.Flatten(), nn.Linear(features, CLASSES))
     x = 2 * images(*shape) - 1  # so that activations right in front have something to cut off
@@ -175,7 +204,7 @@ class RuleContract:
     """A subclass has a `create` that makes the layers of one rule, in a list: more than one where they are folded.
 
     Attributes:
-        shape: of one image's activations before them: MAPS or ENTRIES.
+        shape: of one image's activations before them.
         training_matters: whether they compute otherwise in training mode.
     """
 
@@ -208,6 +237,12 @@ class RuleContract:
     def test_no_point_of_the_ball_leaves_the_box_or_the_ball_behind_the_layer(self, case):
         assert_ball_and_box_hold(case.bound, outputs_of(case.model, case.points, -1))
 
+    def test_checks_find_nothing_wrong(self):
+        layers = settled(*self.create())
+        if len(layers) > 1:
+            pytest.skip("checks are of single layers")
+        check_rule(layers[0], self.shape)
+
     def test_training_mode_is_refused_where_it_matters(self, behind_an_activation):
         case = make_case(self, behind_an_activation)
         case.layers.train()
@@ -219,11 +254,18 @@ class RuleContract:
 
 
 class ActivationRuleContract(RuleContract):
-    """Of rules that give an activation."""
+    """Of rules that give an activation.
+
+    Attributes:
+        rests: whether some of its outputs cannot vary in a narrow box.
+    """
+
+    rests = True
 
     def test_what_cannot_vary_stays_as_it_is(self, case):
         varying = case.bound.varying[case.position]
-        assert 0 < varying.double().mean() < 1
+        assert varying.any()
+        assert not (self.rests and varying.all())
         outputs = outputs_of(case.model, case.points, case.position + 1)
         assert (outputs == outputs[0])[:, ~varying].all()
 

@@ -6,6 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracles import BATCH, batch, examples, inner, matrix_of, norm_of
 
+from local_bound import LinearOperator, check_operator
+
 # The tests stand in the mixin and run in every class that inherits them.
 shared_examples = settings(examples, suppress_health_check=[HealthCheck.differing_executors])
 
@@ -18,6 +20,26 @@ class OperatorContract:
 
     def create(self, draw):
         raise NotImplementedError
+
+    @shared_examples
+    @given(st.data())
+    def test_checks_find_nothing_wrong(self, data):
+        check_operator(self.create(data.draw))
+
+    @shared_examples
+    @given(st.data())
+    def test_no_sum_has_more_terms_than_it_says(self, data):
+        operator = self.create(data.draw)
+        for operator_terms, dim in zip(operator.terms, (1, 0)):
+            assert (matrix_of(operator) != 0).sum(dim=dim).max() <= operator_terms
+
+    @shared_examples
+    @given(st.data())
+    def test_the_bound_on_its_norm_is_not_below_the_norm(self, data):
+        operator = self.create(data.draw)
+        norm = norm_of(matrix_of(operator))
+        assert norm <= operator.norm_bound() * (1 + 1e-12)
+        assert norm <= LinearOperator.norm_bound(operator) * (1 + 1e-12)  # by sums of absolute values
 
     @shared_examples
     @given(st.data())
@@ -88,7 +110,7 @@ class OperatorContract:
     @given(st.data())
     def test_rescaled_scales_and_shifts_the_channels(self, data):
         operator = self.create(data.draw)
-        scale, shift = torch.randn(2, len(operator.weight), dtype=torch.float64)
+        scale, shift = torch.randn(2, operator.output_shape[0], dtype=torch.float64)
         channels = (-1, *[1] * (len(operator.output_shape) - 1))
         x = batch(operator.input_shape)
         rescaled = operator.rescaled(scale, shift)
@@ -100,7 +122,7 @@ class OperatorContract:
     @given(st.data())
     def test_rescaled_says_how_large_the_terms_of_its_bias_are(self, data):
         operator = self.create(data.draw)
-        scale, shift = torch.randn(2, len(operator.weight), dtype=torch.float64)
+        scale, shift = torch.randn(2, operator.output_shape[0], dtype=torch.float64)
         own = 0 if operator.bias is None else (operator.bias * scale).abs()
         torch.testing.assert_close(operator.rescaled(scale, shift).bias_size, own + shift.abs())
         given_size = operator.rescaled(scale, shift, 3 * shift.abs()).bias_size

@@ -3,15 +3,44 @@
 import pytest
 import torch
 from contracts_of_operators import OperatorContract
+from hypothesis import strategies as st
 from oracles import batch, convolutions, dense_layers, matrix_of
 from torch import nn
 
 from locallip.bound.operators import Conv, Dense
+from locallip.bound.pooling import AveragePool, adaptive_windows, averages
+from locallip.bound.transposed import TransposedConv
 
 
 class TestConv(OperatorContract):
     def create(self, draw):
         return draw(convolutions())
+
+
+class TestConvInOneDimension(OperatorContract):
+    def create(self, draw):
+        return draw(convolutions(dims=1))
+
+
+class TestConvInThreeDimensions(OperatorContract):
+    def create(self, draw):
+        return draw(convolutions(dims=3))
+
+
+class TestTransposedConv(OperatorContract):
+    def create(self, draw):
+        conv = draw(convolutions())
+        bias = torch.randn(conv.input_shape[0], dtype=torch.float64) if draw(st.booleans()) else None
+        return TransposedConv(Conv(conv.weight, None, 0, conv.input_shape, *conv.geometry()), bias)
+
+
+class TestAveragePool(OperatorContract):
+    def create(self, draw):
+        axes = []
+        for _ in range(draw(st.integers(1, 3))):
+            size = draw(st.integers(1, 5))
+            axes.append(averages(adaptive_windows(size, draw(st.integers(1, 6))), size, torch.zeros(1).double()))
+        return AveragePool(axes, draw(st.integers(1, 3)), 0)
 
 
 class TestDense(OperatorContract):

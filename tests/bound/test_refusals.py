@@ -8,7 +8,8 @@ import torch
 from oracles import CLASSES, IMAGES, MAPS, dense_network, images, network_with, walk
 from torch import nn
 
-from local_bound import certified_radius, certify, local_lipschitz
+from local_bound import GroupSort, certified_radius, certify, local_lipschitz
+from locallip.bound import rules
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,9 @@ class MyReLU(nn.ReLU):
     pass
 
 
-@pytest.mark.parametrize("layer", [nn.Sigmoid(), MyReLU(), nn.MaxPool2d(1)], ids=lambda layer: type(layer).__name__)
+@pytest.mark.parametrize(
+    "layer", [nn.Softshrink(), MyReLU(), nn.LPPool2d(2, 1)], ids=lambda layer: type(layer).__name__
+)
 def test_an_unknown_layer_is_refused_with_its_type_and_position(layer):
     model = nn.Sequential(nn.Conv2d(1, 2, 3), layer, nn.Flatten(), nn.Linear(32, 3)).double()
     with pytest.raises(TypeError, match=rf"{type(layer).__name__}.*position 1"):
@@ -80,8 +83,7 @@ def test_batch_norm_in_training_mode_behind_a_linear_layer_is_refused(ask):
         ask(model, images(12))
 
 
-SUPPORTED = {nn.Conv2d, nn.Linear, nn.ReLU, nn.AvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Flatten, nn.Identity}
-SUPPORTED |= {nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Sequential}
+SUPPORTED = {nn.Sequential, *rules._RULES}
 OTHERS = [
     kind
     for _, kind in sorted(inspect.getmembers(nn, inspect.isclass))
@@ -103,7 +105,7 @@ def test_every_other_layer_of_pytorch_is_refused_by_its_name(kind):
         walk(model, torch.rand(IMAGES, 12), 0.1)
 
 
-@pytest.mark.parametrize("layer", [nn.Sigmoid(), nn.LayerNorm(12), nn.Sequential(nn.Tanh())])
+@pytest.mark.parametrize("layer", [nn.Softshrink(), nn.LayerNorm(12), nn.Sequential(nn.Softmax(1))])
 def test_an_unknown_layer_is_refused_by_every_function(ask, layer):
     with pytest.raises(TypeError, match="position 2"):
         ask(network_with(layer).eval(), images(12))
@@ -127,17 +129,25 @@ def test_a_residual_block_is_refused_by_its_name(ask):
     "layer",
     [
         nn.BatchNorm2d(2, track_running_stats=False),
-        nn.AvgPool2d(3, ceil_mode=True),
-        nn.AvgPool2d(2, padding=1, count_include_pad=False),
-        nn.AvgPool2d(2, divisor_override=3),
+        nn.MaxPool2d(2, return_indices=True),
+        nn.ConvTranspose2d(2, 2, 3, dilation=2, output_padding=1),
+        nn.BatchNorm1d(2),
+        nn.Softplus(threshold=3),
+        nn.ELU(-1.0),
+        nn.PReLU(3),
+        GroupSort(3),
         nn.Conv2d(2, 2, 2, padding="same"),
         nn.Flatten(2),
     ],
     ids=[
         "batch statistics",
-        "ceil_mode",
-        "count_include_pad",
-        "divisor_override",
+        "return_indices",
+        "output_padding beyond the stride",
+        "BatchNorm1d of maps",
+        "Softplus that jumps",
+        "ELU that falls",
+        "PReLU of other channels",
+        "GroupSort of other channels",
         "same for an even kernel",
         "Flatten",
     ],

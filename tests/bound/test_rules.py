@@ -10,6 +10,8 @@ from oracles import (
     CLASSES,
     ENTRIES,
     MAPS,
+    SIGNALS,
+    VOLUMES,
     assert_ball_and_box_hold,
     clipped_maxmin,
     clipped_relu,
@@ -24,6 +26,8 @@ from torch import nn
 
 from local_bound import (
     Elementwise,
+    GroupSort,
+    MaxMin,
     Normalize,
     PowerIteration,
     propagate,
@@ -159,6 +163,145 @@ class TestNormalizeWithOneNumberForAll(LinearRuleContract):
         return [Normalize([0.3], [0.5])]
 
 
+class TestConvolutionOfSignals(LinearRuleContract):
+    shape = SIGNALS
+
+    def create(self):
+        return [nn.Conv1d(2, 3, 3, stride=2, padding=1)]
+
+
+class TestConvolutionOfSignalsToTheSameSize(LinearRuleContract):
+    shape = SIGNALS
+
+    def create(self):
+        return [nn.Conv1d(2, 4, 5, padding="same", groups=2)]
+
+
+class TestConvolutionOfVolumes(LinearRuleContract):
+    shape = VOLUMES
+
+    def create(self):
+        return [nn.Conv3d(2, 3, 2, stride=(1, 2, 2))]
+
+
+class TestTransposedConvolution(LinearRuleContract):
+    def create(self):
+        return [nn.ConvTranspose2d(2, 4, 3, stride=2, padding=1, output_padding=1, groups=2)]
+
+
+class TestTransposedConvolutionWithDilation(LinearRuleContract):
+    def create(self):
+        return [nn.ConvTranspose2d(2, 3, (2, 3), dilation=2, bias=False)]
+
+
+class TestTransposedConvolutionOfSignals(LinearRuleContract):
+    shape = SIGNALS
+
+    def create(self):
+        return [nn.ConvTranspose1d(2, 3, 4, stride=3, padding=1)]
+
+
+class TestTransposedConvolutionOfVolumes(LinearRuleContract):
+    shape = VOLUMES
+
+    def create(self):
+        return [nn.ConvTranspose3d(2, 1, 2)]
+
+
+class TestPoolingOfSignals(LinearRuleContract):
+    shape = SIGNALS
+
+    def create(self):
+        return [nn.AvgPool1d(3, stride=2)]
+
+
+class TestPoolingOfVolumes(LinearRuleContract):
+    shape = VOLUMES
+
+    def create(self):
+        return [nn.AvgPool3d(2)]
+
+
+class TestPoolingWithWindowsThatStandOut(LinearRuleContract):
+    def create(self):
+        return [nn.AvgPool2d(4, stride=3, padding=1, ceil_mode=True)]
+
+
+class TestPoolingThatCountsNoPadding(LinearRuleContract):
+    def create(self):
+        return [nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False)]
+
+
+class TestPoolingThatCountsNoPaddingWithWindowsThatStandOut(LinearRuleContract):
+    def create(self):
+        return [nn.AvgPool2d(4, stride=3, padding=1, ceil_mode=True, count_include_pad=False)]
+
+
+class TestPoolingWithADivisor(LinearRuleContract):
+    def create(self):
+        return [nn.AvgPool2d(3, stride=2, divisor_override=2)]
+
+
+class TestAdaptivePooling(LinearRuleContract):
+    def create(self):
+        return [nn.AdaptiveAvgPool2d(3)]
+
+
+class TestAdaptivePoolingThatDoesNotDivide(LinearRuleContract):
+    def create(self):
+        return [nn.AdaptiveAvgPool2d((4, None))]
+
+
+class TestAdaptivePoolingToMoreThanThereIs(LinearRuleContract):
+    def create(self):
+        return [nn.AdaptiveAvgPool2d(7)]
+
+
+class TestAdaptivePoolingOfSignals(LinearRuleContract):
+    shape = SIGNALS
+
+    def create(self):
+        return [nn.AdaptiveAvgPool1d(5)]
+
+
+class TestAdaptivePoolingOfVolumes(LinearRuleContract):
+    shape = VOLUMES
+
+    def create(self):
+        return [nn.AdaptiveAvgPool3d(2)]
+
+
+class TestBatchNormOfSignals(LinearRuleContract):
+    shape = SIGNALS
+    training_matters = True
+
+    def create(self):
+        return [nn.BatchNorm1d(2)]
+
+
+class TestBatchNormOfVolumes(LinearRuleContract):
+    shape = VOLUMES
+    training_matters = True
+
+    def create(self):
+        return [nn.BatchNorm3d(2)]
+
+
+class TestConvolutionOfSignalsWithBatchNorm(LinearRuleContract):
+    shape = SIGNALS
+    training_matters = True
+
+    def create(self):
+        return [nn.Conv1d(2, 3, 3), nn.BatchNorm1d(3)]
+
+
+class TestTransposedConvolutionWithBatchNorm(LinearRuleContract):
+    training_matters = True
+
+    def create(self):
+        return [nn.ConvTranspose2d(2, 4, 3, stride=2, groups=2), nn.BatchNorm2d(4)]
+
+
 class TestReLU(ActivationRuleContract):
     def create(self):
         return [nn.ReLU()]
@@ -172,6 +315,254 @@ class TestClippedReLU(ActivationRuleContract):
 class TestClippedMaxMin(ActivationRuleContract):
     def create(self):
         return [clipped_maxmin(*MAPS)]
+
+
+class TestReLU6(ActivationRuleContract):
+    def create(self):
+        return [nn.ReLU6()]
+
+
+class TestHardtanh(ActivationRuleContract):
+    def create(self):
+        return [nn.Hardtanh(-0.2, 0.3)]
+
+
+class TestLeakyReLU(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.LeakyReLU(0.1)]
+
+
+class TestLeakyReLUThatFallsOnTheLeft(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.LeakyReLU(-2.0)]
+
+
+class TestRandomizedReLU(ActivationRuleContract):
+    rests = False
+    training_matters = True
+
+    def create(self):
+        return [nn.RReLU()]
+
+
+class TestPReLU(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.PReLU()]
+
+
+class TestPReLUOfChannels(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.PReLU(2, init=1.5)]
+
+
+class TestPReLUOfEntries(ActivationRuleContract):
+    shape = ENTRIES
+    rests = False
+
+    def create(self):
+        return [nn.PReLU(12)]
+
+
+class TestSigmoid(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.Sigmoid()]
+
+
+class TestTanh(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.Tanh()]
+
+
+class TestSoftsign(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.Softsign()]
+
+
+class TestTanhshrink(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.Tanhshrink()]
+
+
+class TestLogSigmoid(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.LogSigmoid()]
+
+
+class TestSoftplus(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.Softplus(beta=2)]
+
+
+class TestELU(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.ELU(0.5)]
+
+
+class TestSteepELU(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.ELU(2.0)]
+
+
+class TestCELU(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.CELU(0.5)]
+
+
+class TestSELU(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.SELU()]
+
+
+class TestGELU(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.GELU()]
+
+
+class TestGELUByTanh(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.GELU(approximate="tanh")]
+
+
+class TestSiLU(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.SiLU()]
+
+
+class TestMish(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.Mish()]
+
+
+class TestHardsigmoid(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.Hardsigmoid()]
+
+
+class TestHardswish(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.Hardswish()]
+
+
+class TestMaxMin(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [MaxMin()]
+
+
+class TestGroupSort(ActivationRuleContract):
+    shape = ENTRIES
+    rests = False
+
+    def create(self):
+        return [GroupSort(3)]
+
+
+class TestMaxPooling(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.MaxPool2d(2)]
+
+
+class TestOverlappingMaxPooling(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.MaxPool2d(3, stride=1, padding=1)]
+
+
+class TestMaxPoolingWithDilation(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.MaxPool2d((2, 3), stride=(1, 2), dilation=(3, 1))]
+
+
+class TestMaxPoolingWithWindowsThatStandOut(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.MaxPool2d(4, stride=3, ceil_mode=True)]
+
+
+class TestMaxPoolingOfSignals(ActivationRuleContract):
+    shape = SIGNALS
+    rests = False
+
+    def create(self):
+        return [nn.MaxPool1d(3, stride=2)]
+
+
+class TestMaxPoolingOfVolumes(ActivationRuleContract):
+    shape = VOLUMES
+    rests = False
+
+    def create(self):
+        return [nn.MaxPool3d(2, stride=1)]
+
+
+class TestAdaptiveMaxPooling(ActivationRuleContract):
+    rests = False
+
+    def create(self):
+        return [nn.AdaptiveMaxPool2d((4, 2))]
+
+
+class TestAdaptiveMaxPoolingOfSignals(ActivationRuleContract):
+    shape = SIGNALS
+    rests = False
+
+    def create(self):
+        return [nn.AdaptiveMaxPool1d(5)]
+
+
+class TestAdaptiveMaxPoolingOfVolumes(ActivationRuleContract):
+    shape = VOLUMES
+    rests = False
+
+    def create(self):
+        return [nn.AdaptiveMaxPool3d(2)]
 
 
 class TestIdentity(RuleContract):

@@ -74,10 +74,17 @@ class Maximum:
 
 
 class DualActivation(Protocol):
-    """What `elementwise` and `pairs` have; `rounds` is its own relative rounding error in units of the roundoff."""
+    """What `elementwise` and `pairs` have.
+
+    Attributes:
+        pairs: whether it treats units in pairs.
+        rounds: its own rounding error relative to the inputs, in units of the roundoff.
+        rounding: and by how much besides an output in float64 can be off.
+    """
 
     pairs: bool
     rounds: float
+    rounding: float
 
     def __call__(self, z: Tensor) -> Tensor:
         """The activation of z."""

@@ -22,6 +22,7 @@ class ClippedPairs:
     high: Tensor | float
     pairs = True
     rounds = 0.0
+    rounding = 0.0
 
     def __call__(self, z: Tensor) -> Tensor:
         """The activation of z."""

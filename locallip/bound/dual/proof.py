@@ -142,7 +142,9 @@ def _bias_size(operator: LinearOperator) -> Tensor:
 
 
 def _activation_error(layer: Hidden) -> Tensor:
-    return layer.activation.rounds * 2 * _ROUNDOFF * _norm(layer.center)
+    """By how much the activation's values at the centre can be off, in L2: (P,)."""
+    activation, entries = layer.activation, layer.center[0].numel()
+    return activation.rounds * 2 * _ROUNDOFF * _norm(layer.center) + activation.rounding * entries**0.5 * (1 + 1e-6)
 
 
 def _norm(x: Tensor) -> Tensor:
