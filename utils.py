@@ -28,6 +28,7 @@ from locallip.flags import (
 )
 from locallip.images import hold_out
 from locallip.training import run as training_run
+from locallip.training.schedule import LOG_START, RADII, RATES
 from runs import RECIPES, RUNS, Run  # noqa: F401
 
 # --- architectures ---------------------------------------------------------------------------------------------------
@@ -214,6 +215,8 @@ def training_arguments(
     epsilon = "L2 radius of validation, in pixel space (pixels in [0, 1]); default: the paper's for the data set"
     flag("--epsilon", type=natural_float, help=epsilon)
     flag("--epsilon_train", type=natural_float, help="L2 radius at the end of the ramp-up")
+    ramp = f"how the radius rises: linearly from 0, or from {LOG_START} on a logarithmic scale"
+    flag("--epsilon_schedule", choices=list(RADII), default="linear", help=ramp)
     flag("--gloro", action="store_true", help="GloRo loss instead of BCP loss")
     flag("--sniter", type=positive_int, help="power iterations per training step")
     indices = "positions of the layers that train with local norms, e.g. 0,6,12; the others have global ones"
@@ -237,7 +240,10 @@ def training_arguments(
     flag("--bfloat16", action="store_true", help=rounds)
     flag("--lr", type=positive_float, help="learning rate of Adam")
     flag("--end_lr", type=positive_float, help="learning rate of the last epoch")
-    flag("--lr_scheduler", choices=["exp", "constant"], default="exp", help="exponential decay to end_lr, or none")
+    shape = "constant, then exponential to end_lr; constant; or, step by step, linear or half a cosine to end_lr"
+    flag("--lr_scheduler", choices=list(RATES), default="exp", help=shape)
+    rise = "epochs, with fractions, in which the learning rate rises linearly from 0 before its decay"
+    flag("--lr_warmup", type=natural_float, default=0.0, help=rise)
     more = "epochs of constant learning rate beyond half of all; default: 25 of the published number, in proportion"
     flag("--more", type=natural_int, help=more)
     flag("--no_augmentation", action="store_true", help="no random crops and flips (digits never have any)")
@@ -261,6 +267,9 @@ def training_arguments(
     args.epochs, args.warmup, args.rampup, args.more, args.global_epochs = (
         round(n * args.scale) for n in (args.epochs, args.warmup, args.rampup, args.more, args.global_epochs)
     )
+    args.lr_warmup *= args.scale
+    if args.lr_warmup >= max(1, args.epochs):
+        raise InputError(f"--lr_warmup {args.lr_warmup:g} leaves none of {args.epochs} epochs; lower it")
     if args.epochs < max(1, args.warmup + args.rampup):
         raise InputError(
             f"{args.epochs} epochs are shorter than warm-up and ramp-up ({args.warmup} + {args.rampup}); "

@@ -21,6 +21,7 @@ from locallip.checkpoints import load_checkpoint, load_weights
 from locallip.files import InputError, ScriptError, check_writable, first_line
 from locallip.images import ImageSet
 from locallip.training.files import RunFiles, best_epoch
+from locallip.training.resuming import refuse_other_arguments
 from locallip.training.schedule import Schedule
 from locallip.training.shares import count_batches, loss_weights
 from locallip.training.step import Layout, RobustLoss, Step, Tally
@@ -32,11 +33,6 @@ RESUME_ITERATIONS = 30
 COMPILE_FROM = 1e10
 # Batches between two looks at the loss; on a GPU every look waits for the device.
 BATCHES_PER_LOOK = 20
-# Flags that a resumed run may have otherwise than before; start_from is kept as it was.
-_MAY_DIFFER = {"device", "ddp", "compile", "data_dir", "output_dir", "prefix", "resume", "overwrite"}
-_MAY_DIFFER |= {"start_from", "test_batch_size"}
-# Flags that weights belong to, so that a run with other ones cannot start from them.
-_OF_THE_NETWORK = {"data", "model", "width"}
 
 
 class TrainingDiverged(ScriptError):
@@ -149,15 +145,15 @@ class _Run:
     def _train_epoch(self, epoch: int, bar: tqdm) -> dict[str, Any]:
         bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}")
         self.step.loss.train()
-        lr = self.schedule.lr_at(epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         tally = Tally(self.device)
         non_finite = torch.full((), self.batches, device=self.device)  # first batch whose loss is not finite
         batches = self.training_set.batches(self.args.batch_size, self.shuffle, self.augment, self.batches)
         for batch, (x, y, indices) in enumerate(batches):
             moment = epoch + batch / self.batches
             epsilon, kappa = self.schedule.epsilon_at(moment), self.schedule.kappa_at(moment)
+            lr = self.schedule.lr_at(moment)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
             loss, logits, worst = self.step(x, y, indices, epsilon, kappa, self.weights[batch], self._has_box(epoch))
             tally.add(loss, logits, worst, y)
             non_finite = torch.where(loss.isfinite(), non_finite, non_finite.clamp(max=batch))
@@ -246,7 +242,7 @@ class _Run:
         if missing:
             raise InputError(f"{self.files.checkpoint} cannot be resumed: it has no {', '.join(sorted(missing))}")
         try:
-            self._refuse_other_arguments(dict(checkpoint["arguments"]))
+            refuse_other_arguments(self.args, checkpoint["arguments"], self.files.checkpoint)
             load_weights(self.model, checkpoint["state_dict"], str(self.files.checkpoint))
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.norms.global_vectors = {p: v.to(self.device) for p, v in checkpoint["global_vectors"].items()}
@@ -266,16 +262,6 @@ class _Run:
         if len(shuffles) != distributed.processes():
             raise ValueError(f"it ran in {len(shuffles)} processes, not {distributed.processes()}")
         return shuffles[distributed.rank()].clone()  # a generator takes no view of a part of a tensor
-
-    def _refuse_other_arguments(self, saved: dict[str, Any]) -> None:
-        for name, value in vars(self.args).items():
-            if name not in _MAY_DIFFER and name in saved and saved[name] != value:
-                with_weights = "" if name in _OF_THE_NETWORK else f" --start_from {self.files.checkpoint}"
-                raise InputError(
-                    f"cannot resume {self.files.checkpoint}: it ran with --{name} {saved[name]}, not {value}; resume "
-                    f"with the same flags, or begin a run of another --prefix{with_weights}"
-                )
-        self.args.start_from = saved.get("start_from")
 
     def _make_room(self, layout: Layout) -> StoredVectors:
         """Room for one singular vector per image and layer."""

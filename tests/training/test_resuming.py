@@ -79,6 +79,17 @@ def test_resume_refuses_other_arguments(runs, flags):
     assert runs.contents() == before
 
 
+@pytest.mark.parametrize("flags", [["--lr_warmup", 0.5], ["--epsilon_schedule", "log"]])
+def test_a_run_from_before_there_was_a_flag_ran_without_it(runs, flags):
+    files = runs.train("--epochs", 1, "--rampup", 0)
+    checkpoint = checkpoints.load_checkpoint(files.checkpoint)
+    del checkpoint["arguments"][flags[0][2:]]
+    checkpoints.save_checkpoint(files.checkpoint, checkpoint)
+    runs.train("--epochs", 1, "--rampup", 0, "--resume")
+    with pytest.raises(InputError, match=flags[0]):
+        runs.train("--epochs", 1, "--rampup", 0, *flags, "--resume")
+
+
 def test_a_refused_resume_names_the_run_to_begin_instead(runs):
     checkpoint = runs.train("--epochs", 1, "--rampup", 0).checkpoint
     with pytest.raises(InputError, match=f"another --prefix --start_from {checkpoint}$"):

@@ -48,6 +48,20 @@ def test_the_log_follows_the_schedule(runs):
     assert float(rows[-1]["lr"]) == pytest.approx(5e-6)
 
 
+def test_a_linear_rate_falls_from_step_to_step(runs, monkeypatch):
+    rates, step = [], training_step.Step.__call__
+
+    def record(self, *given):
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        return step(self, *given)
+
+    monkeypatch.setattr(training_step.Step, "__call__", record)
+    rows = read_csv(runs.train("--lr_scheduler", "linear", "--end_lr", 0.001, "--lr_warmup", 1).log)
+    expected = [5e-3 * min(1, step / 4) - 4e-3 * max(0, step - 4) / 12 for step in range(16)]  # 4 batches an epoch
+    assert rates == pytest.approx(expected)
+    assert [float(row["lr"]) for row in rows] == rates[3::4]
+
+
 def test_epsilon_rises_from_batch_to_batch(runs, monkeypatch):
     radii = []
 
