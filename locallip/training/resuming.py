@@ -15,7 +15,7 @@ _MAY_DIFFER |= {"start_from", "test_batch_size"}
 # Flags that weights belong to, so that a run with other ones cannot start from them.
 _OF_THE_NETWORK = {"data", "model", "width"}
 # What every run had from before there was a flag for it.
-_BEFORE = {"lr_warmup": 0.0, "epsilon_schedule": "linear"}
+_BEFORE = {"lr_warmup": 0.0, "epsilon_schedule": "linear", "loss_weight": None}
 
 
 def refuse_other_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoint: Path) -> None:
@@ -26,7 +26,7 @@ def refuse_other_arguments(args: argparse.Namespace, saved: Mapping[str, Any], c
     Raises:
         InputError: names a flag that is not as it was.
     """
-    saved = _BEFORE | dict(saved)
+    saved = _BEFORE | {"loss": "gloro" if saved.get("gloro") else "bcp"} | dict(saved)
     for name, value in vars(args).items():
         if name not in _MAY_DIFFER and name in saved and saved[name] != value:
             with_weights = "" if name in _OF_THE_NETWORK else f" --start_from {checkpoint}"

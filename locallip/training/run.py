@@ -108,9 +108,7 @@ class _Run:
             self._resume()
         elif args.start_from:
             load_weights(model, self._load(Path(args.start_from))["state_dict"], args.start_from)
-        loss = distributed.wrap(
-            RobustLoss(model, self.norms, args.opt_iter, args.gloro, args.sparse, args.sp_thres), args.ddp
-        )
+        loss = distributed.wrap(RobustLoss.from_arguments(model, self.norms, args), args.ddp)
         image, _, _ = next(training_set[:1].batches(1))
         layout = Layout.of(model, image, local_positions)
         with distributed.all_or_none():
