@@ -23,6 +23,7 @@ from locallip.flags import (
     positions,
     positive_float,
     positive_int,
+    probability,
     scale,
     seed,
 )
@@ -253,6 +254,8 @@ def training_arguments(
     flag("--lr_warmup", type=natural_float, default=0.0, help=rise)
     more = "epochs of constant learning rate beyond half of all; default: 25 of the published number, in proportion"
     flag("--more", type=natural_int, help=more)
+    average = "decay of a moving average of the weights, which is validated beside them; the better of both is kept"
+    flag("--ema", type=probability, help=f"{average}; default: none")
     flag("--no_augmentation", action="store_true", help="no random crops and flips (digits never have any)")
     val_split = "training images held out to pick the best epoch on; 0: the test set picks, as in the paper"
     flag("--val_split", type=natural_int, default=0, help=val_split)
