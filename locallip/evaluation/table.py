@@ -93,6 +93,8 @@ def _remarks(row: Row, summary: dict) -> list[str]:
         remarks.append("convolutions of the training in bfloat16")
     if training.get("val_split"):
         remarks.append(f"the epoch picked on {training['val_split']:,} held-out training images")
+    if summary["arguments"].get("held_out"):
+        remarks.append("of held-out training images, not of the test set")
     if summary["epsilon"] != row.epsilon:
         remarks.append(f"{certificate['kind']} at ε = {summary['epsilon']:g}")
     if width != 1:
