@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from locallip.bound import plain
 from locallip.bound.composites import Branch, Scaling, Sum
 from locallip.bound.nodes import Node
+from locallip.bound.norms import Arithmetic
 from locallip.bound.operators import LinearOperator, Position
 from locallip.bound.rules import Place, Reshape, meaning_of, rule
 
@@ -33,7 +35,8 @@ def _affine_sum(layer: AffineSum, place: Place) -> Sum:
 
 
 def _branch(nodes: list[Node], place: Place) -> Branch:
-    meanings = [meaning_of(node.layer, Place(node.position, node.shape, place.like, place.arithmetic)) for node in nodes]
+    places = [replace(place, position=node.position, shape=node.shape) for node in nodes]
+    meanings = [meaning_of(node.layer, own) for node, own in zip(nodes, places)]
     operators = tuple(meaning for meaning in meanings if isinstance(meaning, LinearOperator))
     if operators:
         return Branch(operators)
@@ -41,9 +44,9 @@ def _branch(nodes: list[Node], place: Place) -> Branch:
     return Branch((Scaling(one, None, place.position, place.shape),))
 
 
-def is_affine(node: Node, x: Tensor, arithmetic: object) -> bool:
+def is_affine(node: Node, x: Tensor) -> bool:
     """Whether a node is an affine map of one input, or renames its entries."""
-    place = Place(node.position, node.shape, x, arithmetic)
+    place = Place(node.position, node.shape, x, Arithmetic())
     return isinstance(meaning_of(node.layer, place), LinearOperator | Reshape)
 
 

@@ -29,7 +29,7 @@ from locallip.bound.calls import Call, NoTranslationError, Step, translate
 from locallip.bound.nodes import IMAGES, Node, Obstacle, Refusal
 from locallip.bound.operators import Position
 from locallip.bound.precision import own_precision
-from locallip.bound.rules import has_rule, no_rule
+from locallip.bound.rules import has_rule, namesake, no_rule
 
 # Images of the run: another number than there are channels, classes or dimensions, so that they are told apart.
 _IMAGES = 3
@@ -48,9 +48,7 @@ _ABOUT |= {
         *("is_sparse", "is_quantized", "is_nested", "is_meta", "is_mkldnn", "_version", "itemsize", "nbytes"),
     )
 }
-_BY_VALUE = Obstacle(
-    "", "a graph holds for all images only if nothing but their shape decides what happens; say it with tensors"
-)
+_BY_VALUE = "a graph holds for all images only if nothing but their shape decides what happens; say it with tensors"
 
 
 @dataclass
@@ -116,6 +114,7 @@ class _Reader(TorchFunctionMode):
         self._computed: dict[int, Tensor] = {}
         self._inside: list[nn.Module] = []
         self._leaf: nn.Module | None = None
+        self._before: dict[int, Position | None] = {}
         self._names: set[Position] = set()
         self._thread = threading.get_ident()
         self._trace(images, IMAGES)
@@ -156,6 +155,8 @@ class _Reader(TorchFunctionMode):
             return
         self._inside.append(module)
         if _is_leaf(module):
+            # Now, since the layer may work in place.
+            self._before = {id(value): self._position(value) for value in args if self._depends(value)}
             self._leaf = module
 
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -172,13 +173,14 @@ class _Reader(TorchFunctionMode):
 
     def _read_leaf(self, module: nn.Module, inputs: list[Tensor], output: Any) -> None:
         position = self._name(_position(self._path(module)))
+        before = [self._before[id(x)] if id(x) in self._before else self._position(x) for x in inputs]
         if not has_rule(module):
             self._refuse(no_rule(module, position, _line()), output)
         elif len(inputs) != 1 or not isinstance(output, Tensor):
             what = f"{type(module).__name__} at position {position}{_line(' ({})')} takes or gives several tensors"
             self._refuse(Obstacle(what), output)
         else:
-            self._record(Node(position, module, (self._position(inputs[0]),), inputs[0].shape[1:], _line()), output)
+            self._record(Node(position, module, tuple(before), inputs[0].shape[1:], _line()), output)
 
     def _path(self, module: nn.Module) -> str:
         return self._paths.get(id(module), f"<{type(module).__name__} that the network does not list>")
@@ -203,11 +205,11 @@ class _Reader(TorchFunctionMode):
         result = function(*args, **kwargs)
         if not any(True for _ in _tensors(result)):
             what = f"{_called(function)}{self._where()} takes a value out of the network"
-            self._stop(Obstacle(what, _BY_VALUE.way_out))
+            self._stop(Obstacle(what, _BY_VALUE))
         try:
             step = translate(function, args, kwargs, Call(self._depends, result))
         except NoTranslationError as reason:
-            self._refuse(_unknown(function, self._where(), str(reason)), result)
+            self._refuse(Obstacle(f"{_called(function)}{self._where()} {reason}", self._way_out()), result)
             return result
         self._captured.computed += [t for t in tensors if id(t) in self._computed]
         position = self._apply(step, function, positions, shapes)[0]
@@ -281,9 +283,17 @@ class _Reader(TorchFunctionMode):
         raise _Stop
 
     def _where(self) -> str:
-        path = self._path(self._inside[-1]) if self._inside else ""
-        kind = type(self._inside[-1]).__name__ if self._inside else ""
-        return f" in {kind}" + (f" at position {path}" if path else "") + _line(" ({})") if kind else _line(" ({})")
+        if not self._inside:
+            return _line(" ({})")
+        module = self._inside[-1]
+        kind, path = type(module).__name__, self._path(module)
+        kind = f"{type(module).__module__}.{kind}" if namesake(module) else kind
+        return f" in {kind}{f' at position {path}' if path else ''}{_line(' ({})')}"
+
+    def _way_out(self) -> str:
+        other = namesake(self._inside[-1]) if self._inside else None
+        use = f"use {other}, which has one, or " if other else ""
+        return f"{use}put what it does into a module of its own with a rule (@rule, see docs/adding_a_layer.md)"
 
 
 def _shape_behind(layer: nn.Module, shapes: list[torch.Size]) -> torch.Size:
@@ -314,12 +324,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _called(function: Callable[..., Any]) -> str:
     name = resolve_name(function) or getattr(function, "__name__", str(function))
     return f"{name.removesuffix('.__get__').split('.')[-1]}()"
-
-
-def _unknown(function: Callable[..., Any], where: str, reason: str) -> Obstacle:
-    return Obstacle(
-        f"{_called(function)}{where} {reason}", "put what it does into a module of its own with a rule (@rule)"
-    )
 
 
 def _line(form: str = "{}") -> str:

@@ -96,8 +96,8 @@ def certify(
             which certifies more and takes longer.
 
     Raises:
-        TypeError: names all layers and calls without a rule, and whatever else is in the way of a certificate, each with
-            its place and a way out; or the network gives other logits than these do one after the other.
+        TypeError: names all layers and calls without a rule, and whatever else is in the way of a certificate, each
+            with its place and a way out; or the network gives other logits than these do one after the other.
         ValueError: as `propagate`, for labels of another shape, or for a certificate or effort of another name.
     """
     refuse_effort(effort)

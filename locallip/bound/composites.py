@@ -122,8 +122,14 @@ class Sum(LinearOperator):
 
     @property
     def terms(self) -> tuple[int, int]:
-        by_branch = [[operator.terms for operator in branch.operators] for branch in self.branches]
-        return tuple(max(sum(terms[side] for terms in branch) for branch in by_branch) + len(by_branch) for side in (0, 1))
+        by_branch = [zip(*(operator.terms for operator in branch.operators)) for branch in self.branches]
+        forward, backward = zip(*([sum(terms) for terms in sides] for sides in by_branch))
+        return max(forward) + len(forward), max(backward) + len(backward)
+
+    def with_weight(self, weight: Tensor, bias: Tensor | None = None, bias_size: Tensor | None = None) -> Sum:
+        parts, sizes = list(self._parts()), [part.weight.numel() for part in self._parts()]
+        changed = iter(part.with_weight(w.view_as(part.weight)) for part, w in zip(parts, weight.split(sizes)))
+        return self._with(Branch(tuple(next(changed) for _ in b.operators), b.coefficient) for b in self.branches)
 
     def geometry(self) -> tuple:
         return tuple((type(part), part.input_shape, part.output_shape, part.geometry()) for part in self._parts())
@@ -191,7 +197,7 @@ class Sum(LinearOperator):
 
     @cached_property
     def spread(self) -> Tensor:
-        ends = [Branch(branch.operators[first:]) for branch in self.branches for first in range(1, len(branch.operators))]
+        ends = (Branch(b.operators[first:]) for b in self.branches for first in range(1, len(b.operators)))
         return 1 + sum(end.absolute_row_sums() for end in ends)
 
 

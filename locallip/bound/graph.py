@@ -29,6 +29,8 @@ from locallip.bound.rules import (
     no_rule,
 )
 
+# PyTorch's own modules that training mode changes.
+_IN_TRAINING_OTHERWISE = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 # How many images a graph and its network are compared on.
 _COMPARED = 8
 
@@ -90,9 +92,10 @@ class Graph:
             raise TypeError(f"the network must give logits (N, K), and gives ({shape}); add a Flatten at its end")
         nodes = _folded(_needed(run.nodes, run.output))
         _refuse_settings(nodes, x)
-        nodes = with_sums(nodes, lambda node: is_affine(node, x, Arithmetic()))
+        nodes = with_sums(nodes, lambda node: is_affine(node, x))
         if not (nodes and type(nodes[-1].layer) is nn.Linear):
-            nodes.append(Node("logits", _identity(run.shape[0], x), (nodes[-1].position if nodes else IMAGES,), run.shape))
+            before = nodes[-1].position if nodes else IMAGES
+            nodes.append(Node("logits", _identity(run.shape[0], x), (before,), run.shape))
         weights = [*model.parameters(), *model.buffers()] if run.computed else []
         kept = tuple((tensor, tensor.detach().clone()) for tensor in weights)
         return cls(tuple(nodes[:-1]), nodes[-1], x.shape[1:], kept)
@@ -163,8 +166,8 @@ class Graph:
         unlike = (ours - theirs.to(ours.dtype)).abs() > torch.finfo(own.dtype).eps ** 0.5 * (size + 1)
         if unlike.any():
             raise TypeError(
-                "the network gives other logits than its layers and calls as they were read: something in it depends on "
-                "chance, on earlier calls or on values, or is replaced; a certificate would be for another function"
+                "the network gives other logits than its layers and calls as they were read: something in it depends "
+                "on chance, on earlier calls or on values, or is replaced; a certificate would be for another function"
             )
 
 
@@ -229,8 +232,10 @@ def _identity(size: int, x: Tensor) -> nn.Linear:
 
 
 def _refuse_training_mode(model: nn.Module) -> None:
+    """Refuse, before it runs, what computes otherwise in training mode or learns there: a user's module may."""
     for path, module in model.named_modules():
-        if module.training:
+        own = type(module).__module__.startswith("torch.nn.")
+        if module.training and not (own and not isinstance(module, _IN_TRAINING_OTHERWISE)):
             where = describe(path, module) if path else "the network"
             raise ValueError(f"{where} is in training mode; call model.eval() first")
 

@@ -49,7 +49,7 @@ class Obstacle:
         return f"{self.what}; {self.way_out}" if self.way_out else self.what
 
 
-class Refusal(TypeError):  # noqa: N818 - users read its name
+class Refusal(TypeError):
     """A network that has no bound, with all that is in the way."""
 
     def __init__(self, obstacles: list[Obstacle]):

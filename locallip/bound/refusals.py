@@ -19,6 +19,7 @@ _WRAPPERS = {
     "DistributedDataParallel": ("is spread over processes", "hand over its `.module`"),
     "FullyShardedDataParallel": ("is spread over processes", "hand over the module before it is wrapped"),
 }
+_REMOVED_BY = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
 
 
 def refuse_what_computes_otherwise(model: nn.Module) -> None:
@@ -37,7 +38,9 @@ def refuse_what_computes_otherwise(model: nn.Module) -> None:
 
 def _of_all_modules() -> Iterator[Obstacle]:
     if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
-        yield Obstacle("all modules of this process have a forward hook, which can change what they compute", "remove it")
+        yield Obstacle(
+            "this process has forward hooks on all modules, which can change what they compute", "remove them"
+        )
 
 
 def _of(path: str, module: nn.Module) -> Iterator[Obstacle]:
@@ -68,9 +71,9 @@ def _of_calls(where: str, module: nn.Module) -> Iterator[Obstacle]:
         if isinstance(hook, prune.BasePruningMethod):
             name = hook._tensor_name
             yield Obstacle(f"{where} is pruned at {name}", f"call torch.nn.utils.prune.remove(layer, '{name}') first")
-        elif type(hook).__name__ in ("WeightNorm", "SpectralNorm"):
-            call = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}[type(hook).__name__]
-            yield Obstacle(f"{where} computes its weight anew in every call", f"call torch.nn.utils.{call}(layer) first")
+        elif type(hook).__name__ in _REMOVED_BY:
+            way_out = f"call torch.nn.utils.{_REMOVED_BY[type(hook).__name__]}(layer) first"
+            yield Obstacle(f"{where} computes its weight anew in every call", way_out)
         else:
             yield Obstacle(f"{where} has a forward pre-hook, which can change what it computes", "remove the hook")
     if module._forward_hooks:

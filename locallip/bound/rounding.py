@@ -175,4 +175,3 @@ class Rounding(ExactArithmetic):
 
 def _terms(operator: LinearOperator) -> int:
     return operator.terms[0]
-

@@ -95,21 +95,29 @@ def no_rule(layer: nn.Module, position: Position, line: str = "") -> Obstacle:
     return Obstacle(f"no rule for {_with_advice(layer, describe(position, layer) + called)}")
 
 
+_HOW = "@rule, see docs/adding_a_layer.md"
 # Modules whose layers stand for something else in a network.
 _INTERNAL = (__name__, "locallip.bound.plain", "locallip.bound.affine")
 
 
+def namesake(layer: nn.Module) -> str | None:
+    """The layer with a rule that has the name of another class; None: there is none."""
+    kinds = {kind.__name__: kind for kind in _RULES if kind.__module__ not in _INTERNAL and kind is not type(layer)}
+    known = kinds.get(type(layer).__name__)
+    if known is None:
+        return None
+    return f"{'nn' if known.__module__.startswith('torch.') else 'locallip'}.{known.__name__}"
+
+
 def _with_advice(layer: nn.Module, where: str) -> str:
-    known = {kind.__name__: kind for kind in _RULES if kind.__module__ not in _INTERNAL}
-    namesake = known.get(type(layer).__name__)
-    if namesake is not None:
-        home = "nn" if namesake.__module__.startswith("torch.") else "locallip"
-        other = f"use {home}.{namesake.__name__}, which has one, or write one (@rule, see docs/adding_a_layer.md)"
-        return f"{type(layer).__module__}.{where}; {other}"
+    other = namesake(layer)
+    if other is not None:
+        return f"{type(layer).__module__}.{where}; use {other}, which has one, or write one ({_HOW})"
     for kinds, advice in _ADVICE.items():
         if isinstance(layer, kinds):
             return f"{where}: {advice}"
-    return f"{where}; write one (@rule, see docs/adding_a_layer.md), or use one of {', '.join(sorted(known))}"
+    known = sorted(kind.__name__ for kind in _RULES if kind.__module__ not in _INTERNAL)
+    return f"{where}; write one ({_HOW}), or use one of {', '.join(known)}"
 
 
 # What is often asked for and cannot be had, and the way out.
