@@ -29,7 +29,7 @@ from locallip.bound.calls import Call, NoTranslationError, Step, translate
 from locallip.bound.nodes import IMAGES, Node, Obstacle, Refusal
 from locallip.bound.operators import Position
 from locallip.bound.precision import own_precision
-from locallip.bound.rules import has_rule, namesake, no_rule
+from locallip.bound.rules import describe, has_rule, namesake, no_rule
 
 # Images of the run: another number than there are channels, classes or dimensions, so that they are told apart.
 _IMAGES = 3
@@ -155,32 +155,39 @@ class _Reader(TorchFunctionMode):
             return
         self._inside.append(module)
         if _is_leaf(module):
-            # Now, since the layer may work in place.
-            self._before = {id(value): self._position(value) for value in args if self._depends(value)}
-            self._leaf = module
+            self._enter_leaf(module, [value for value in args if self._depends(value)])
 
+    def _enter_leaf(self, module: nn.Module, inputs: list[Tensor]) -> None:
+        # All of it now, since the layer may work in place, or fail.
+        self._leaf, self._before = module, {id(value): self._position(value) for value in inputs}
+        if inputs and not has_rule(module):
+            self.obstacles.append(no_rule(module, _position(self._path(module)), _line()))
+            if module.training:
+                raise _Stop  # before it learns from the images
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if threading.get_ident() != self._thread or self._leaf not in (None, module):
             return
+        self._inside.pop()
         if module is self._leaf:
             self._leaf = None
-            inputs = [value for value in (*args, *kwargs.values()) if self._depends(value)]
-            if inputs:
-                self._read_leaf(module, inputs, output)
-            elif isinstance(output, Tensor):
-                self._computed[id(output)] = output
-        self._inside.pop()
+            self._leave_leaf(module, [value for value in (*args, *kwargs.values()) if self._depends(value)], output)
 
-    def _read_leaf(self, module: nn.Module, inputs: list[Tensor], output: Any) -> None:
-        position = self._name(_position(self._path(module)))
-        before = [self._before[id(x)] if id(x) in self._before else self._position(x) for x in inputs]
-        if not has_rule(module):
-            self._refuse(no_rule(module, position, _line()), output)
-        elif len(inputs) != 1 or not isinstance(output, Tensor):
-            what = f"{type(module).__name__} at position {position}{_line(' ({})')} takes or gives several tensors"
-            self._refuse(Obstacle(what), output)
+    def _leave_leaf(self, module: nn.Module, inputs: list[Tensor], output: Any) -> None:
+        tensors = list(_tensors(output))
+        if not inputs:
+            self._computed.update({id(tensor): tensor for tensor in tensors})
+        elif not has_rule(module):
+            self._go_on(tensors)
+        elif len(inputs) != 1 or len(self._before) != 1 or not isinstance(output, Tensor):
+            where = f"{describe(_position(self._path(module)), module)}{_line(' ({})')}"
+            self.obstacles.append(Obstacle(f"{where} takes or gives several tensors, or takes one by name"))
+            self._go_on(tensors)
         else:
-            self._record(Node(position, module, tuple(before), inputs[0].shape[1:], _line()), output)
+            position = self._name(_position(self._path(module)))
+            self._captured.nodes.append(
+                Node(position, module, tuple(self._before.values()), inputs[0].shape[1:], _line())
+            )
+            self._trace(output, position)
 
     def _path(self, module: nn.Module) -> str:
         return self._paths.get(id(module), f"<{type(module).__name__} that the network does not list>")
@@ -209,7 +216,8 @@ class _Reader(TorchFunctionMode):
         try:
             step = translate(function, args, kwargs, Call(self._depends, result))
         except NoTranslationError as reason:
-            self._refuse(Obstacle(f"{_called(function)}{self._where()} {reason}", self._way_out()), result)
+            self.obstacles.append(Obstacle(f"{_called(function)}{self._where()} {reason}", self._way_out()))
+            self._go_on(list(_tensors(result)))
             return result
         self._captured.computed += [t for t in tensors if id(t) in self._computed]
         position = self._apply(step, function, positions, shapes)[0]
@@ -257,10 +265,6 @@ class _Reader(TorchFunctionMode):
     def _trace(self, tensor: Tensor, position: Position | None) -> None:
         self._traced[id(tensor)] = _Traced(tensor, position, tensor._version)
 
-    def _record(self, node: Node, output: Tensor) -> None:
-        self._captured.nodes.append(node)
-        self._trace(output, node.position)
-
     def _name(self, name: Position) -> Position:
         """The name, or with a number behind it where another node has it: a layer that is used again."""
         known, number = name, 1
@@ -272,10 +276,9 @@ class _Reader(TorchFunctionMode):
 
     # --- obstacles ---------------------------------------------------------------------------------------------------
 
-    def _refuse(self, obstacle: Obstacle, output: Any) -> None:
-        """Note an obstacle and go on, so that all can be named at once."""
-        self.obstacles.append(obstacle)
-        for tensor in _tensors(output):
+    def _go_on(self, tensors: list[Tensor]) -> None:
+        """Follow what an obstacle has given, so that all obstacles can be named at once."""
+        for tensor in tensors:
             self._trace(tensor, None)
 
     def _stop(self, obstacle: Obstacle) -> None:

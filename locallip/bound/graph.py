@@ -235,7 +235,8 @@ def _refuse_training_mode(model: nn.Module) -> None:
     """Refuse, before it runs, what computes otherwise in training mode or learns there: a user's module may."""
     for path, module in model.named_modules():
         own = type(module).__module__.startswith("torch.nn.")
-        if module.training and not (own and not isinstance(module, _IN_TRAINING_OTHERWISE)):
+        may_differ = not own or (has_rule(module) and isinstance(module, _IN_TRAINING_OTHERWISE))
+        if module.training and may_differ:
             where = describe(path, module) if path else "the network"
             raise ValueError(f"{where} is in training mode; call model.eval() first")
 

@@ -31,7 +31,7 @@ def refuse_what_computes_otherwise(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"the network must be an nn.Module, got {type(model).__name__}")
-    obstacles = [*_of_all_modules(), *(o for path, module in model.named_modules() for o in _of(path, module))]
+    obstacles = [*_of_all_modules(), *_of("", model)]
     if obstacles:
         raise Refusal(obstacles)
 
@@ -44,6 +44,7 @@ def _of_all_modules() -> Iterator[Obstacle]:
 
 
 def _of(path: str, module: nn.Module) -> Iterator[Obstacle]:
+    """Of a module and all in it."""
     where = describe(path, module) if path else "the network"
     kind = type(module).__name__
     if kind in _WRAPPERS:
@@ -51,19 +52,17 @@ def _of(path: str, module: nn.Module) -> Iterator[Obstacle]:
         yield Obstacle(f"{where} {what} ({kind})", way_out)
     elif isinstance(module, torch.jit.ScriptModule):
         yield Obstacle(f"{where} is TorchScript, which cannot be read", "hand over the module that it was made of")
-    else:
-        yield from _of_parameters(where, path, module)
-        yield from _of_calls(where, module)
-
-
-def _of_parameters(where: str, path: str, module: nn.Module) -> Iterator[Obstacle]:
-    at = f"model.get_submodule('{path}')" if path else "model"
-    if parametrize.is_parametrized(module):
-        names = ", ".join(module.parametrizations)
-        way_out = f"call torch.nn.utils.parametrize.remove_parametrizations({at}, '{names.split(', ')[0]}') first"
-        yield Obstacle(f"{where} has a parametrization of {names}", way_out)
-    if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
+    elif any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
         yield Obstacle(f"{where} is lazy and has no weights yet", "run the network once on an image")
+    elif parametrize.is_parametrized(module):
+        at = f"model.get_submodule('{path}')" if path else "model"
+        for name in module.parametrizations:
+            way_out = f"call torch.nn.utils.parametrize.remove_parametrizations({at}, '{name}') first"
+            yield Obstacle(f"{where} has a parametrization of {name}", way_out)
+    else:
+        yield from _of_calls(where, module)
+        for name, child in module.named_children():
+            yield from _of(f"{path}.{name}" if path else name, child)
 
 
 def _of_calls(where: str, module: nn.Module) -> Iterator[Obstacle]:

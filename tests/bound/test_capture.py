@@ -430,5 +430,5 @@ def test_without_images_only_a_sequential_of_known_layers_can_be_read():
         Graph.of(Called(lambda x, a: a(x), nn.Linear(6, 3)))
     with pytest.raises(TypeError, match="Softshrink at position 0"):
         Graph.of(settled(nn.Softshrink(), nn.Linear(6, 3)))
-    with pytest.raises(TypeError, match="nn.Module"):
+    with pytest.raises(TypeError, match=r"nn\.Module"):
         Graph.of(lambda x: x, images(6))

@@ -5,7 +5,7 @@ import torch
 from oracles import batch, dense_matrix, inner, masked, matrix_of, norm_of
 from torch import nn
 
-from local_bound import Conv, Dense, PowerIteration, ProvenNorms
+from local_bound import Conv, Dense, PowerIteration, ProvenNorms, check_operator
 from locallip.bound.composites import Branch, Scaling, Sum
 
 MAPS = torch.Size([3, 4, 4])
@@ -144,9 +144,15 @@ def test_the_norm_of_a_sum_is_below_the_sum_of_the_norms():
 
 
 def test_changed_weights_of_a_part_are_noticed():
-    part = conv()
-    norms, operator = ProvenNorms(1e-6, 100, seed=0), of((identity(),), (part,))
-    before = norms.whole(operator).upper
-    part.weight *= 3
-    after = norms.whole(of((identity(),), (part,)))
-    assert after.upper > 1.5 * before
+    layer, norms = nn.Conv2d(3, 3, 3, padding=1).double().requires_grad_(False), ProvenNorms(1e-6, 100, seed=0)
+
+    def upper():
+        return norms.whole(of((identity(),), (Conv.of(layer, "conv", MAPS),))).upper
+
+    before = upper()
+    layer.weight *= 3
+    assert upper() > 1.5 * before
+
+
+def test_the_contract_of_operators_holds_for_a_scaling():
+    check_operator(Scaling(torch.randn(3, 1, 1).double(), torch.randn(3, 1, 1).double(), "scale", MAPS))

@@ -26,7 +26,7 @@ class MyReLU(nn.ReLU):
     "layer", [nn.Softshrink(), MyReLU(), nn.LPPool2d(2, 1)], ids=lambda layer: type(layer).__name__
 )
 def test_an_unknown_layer_is_refused_with_its_type_and_position(layer):
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), layer, nn.Flatten(), nn.Linear(32, 3)).double()
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), layer, nn.Flatten(), nn.Linear(32, 3)).double().eval()
     with pytest.raises(TypeError, match=rf"{type(layer).__name__}.*position 1"):
         walk(model, images(1, 6, 6), 0.1)
 
@@ -84,7 +84,8 @@ def test_batch_norm_in_training_mode_behind_a_linear_layer_is_refused(ask):
         ask(model, images(12))
 
 
-SUPPORTED = {nn.Sequential, *rules._RULES}
+# Containers of parameters cannot be called, as PyTorch itself says.
+SUPPORTED = {nn.Sequential, nn.ParameterList, nn.ParameterDict, *rules._RULES}
 OTHERS = [
     kind
     for _, kind in sorted(inspect.getmembers(nn, inspect.isclass))

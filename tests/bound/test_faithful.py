@@ -1,0 +1,229 @@
+"""The function that is certified is the function that the user calls, or there is no certificate."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import CLASSES, IMAGES, images, settled
+from torch import nn
+from torch.nn.modules import module as hooks_of_all
+from torch.nn.utils import parametrizations, prune
+
+from local_bound import certified_radius, certify, local_lipschitz, propagate, prove, proven_norms
+from locallip.bound.power_iteration import PowerIteration
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+class Net(nn.Module):
+    """A network that has to be run to be read."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        return self.last(self.act(self.first(x)))
+
+
+def chain():
+    return settled(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+
+
+def of_the_users():
+    return Net().double().eval()
+
+
+@pytest.fixture(params=[chain, of_the_users])
+def model(request):
+    return request.param()
+
+
+def _prove(model, x):
+    return prove(model, x, torch.zeros(len(x), dtype=torch.long), 0.1, proven_norms(model, x, len(x)))
+
+
+PUBLIC = {
+    "local_lipschitz": lambda model, x: local_lipschitz(model, x, 0.1),
+    "certify": lambda model, x: certify(model, x, torch.zeros(IMAGES, dtype=torch.long), 0.1),
+    "certified_radius": certified_radius,
+    "estimate": functools.partial(certified_radius, certificate="estimate"),
+    "propagate": lambda model, x: propagate(model, x, 0.1, PowerIteration(1)),
+    "prove": _prove,
+}
+
+
+@pytest.fixture(params=PUBLIC)
+def ask(request):
+    return PUBLIC[request.param]
+
+
+def parts(model):
+    return [module for module in model.modules() if not list(module.children())]
+
+
+def twice(*values):
+    return 2 * values[-1]
+
+
+def refused(ask, model, words):
+    with pytest.raises((TypeError, ValueError), match=words) as error:
+        ask(model, images(6))
+    assert "\n" not in str(error.value)
+
+
+HOOKS = {
+    "forward": lambda module: module.register_forward_hook(twice),
+    "forward with arguments by name": lambda module: module.register_forward_hook(
+        lambda module, args, kwargs, output: 2 * output, with_kwargs=True
+    ),
+    "before": lambda module: module.register_forward_pre_hook(lambda module, args: twice(*args)),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("place", ["the network", "a layer", "the last layer"])
+def test_hooks_are_refused(model, kind, place):
+    module = {"the network": model, "a layer": parts(model)[1], "the last layer": parts(model)[-1]}[place]
+    HOOKS[kind](module)
+    refused(PUBLIC["certify"], model, f"(?i){'network' if place == 'the network' else type(module).__name__}.*hook")
+
+
+def test_hooks_are_refused_by_every_function(ask, model):
+    parts(model)[1].register_forward_hook(twice)
+    refused(ask, model, r"ReLU at position (1|act).*hooks.*remove")
+
+
+@pytest.mark.parametrize(
+    "register", [hooks_of_all.register_module_forward_hook, hooks_of_all.register_module_forward_pre_hook]
+)
+def test_hooks_on_all_modules_are_refused(ask, model, register):
+    handle = register(lambda module, *rest: None)
+    try:
+        refused(ask, model, "hooks on all modules")
+    finally:
+        handle.remove()
+    ask(model, images(6))
+
+
+def test_reading_leaves_no_hook_behind():
+    with pytest.raises(TypeError):
+        certify(settled(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 3)), images(6), torch.zeros(4).long(), 0.1)
+    assert not hooks_of_all._global_forward_hooks
+    assert not hooks_of_all._global_forward_pre_hooks
+
+
+def test_backward_hooks_change_no_value_and_do_not_matter(model):
+    parts(model)[0].register_full_backward_hook(lambda module, inputs, outputs: None)
+    assert local_lipschitz(model, images(6), 0.1).lipschitz.isfinite().all()
+
+
+def test_a_replaced_forward_is_refused(ask, model):
+    layer = parts(model)[1]
+    layer.forward = lambda x: 2 * F.relu(x)
+    refused(ask, model, r"ReLU at position (1|act).*forward")
+
+
+def test_a_patched_class_is_refused(ask, model, monkeypatch):
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: 2 * F.relu(x))
+    refused(ask, model, r"ReLU at position (1|act).*replaced")
+
+
+def test_a_patched_function_gives_other_logits_and_is_refused(monkeypatch, model):
+    original = F.linear
+    monkeypatch.setattr(torch.nn.modules.linear.F, "linear", lambda x, *weights: 1.01 * original(x, *weights))
+    # The bound computes with the same function where it means the layer, so that only what goes around it tells.
+    monkeypatch.setattr("locallip.bound.operators.F", type("F", (), {**vars(F), "linear": staticmethod(original)}))
+    with pytest.raises(TypeError, match="other logits"):
+        certify(model, images(6), torch.zeros(IMAGES, dtype=torch.long), 0.1)
+
+
+DRIFTING = {
+    "chance": lambda net, x: x * (1 + torch.rand(1).double()),
+    "earlier calls": lambda net, x: x * net.__dict__.setdefault("calls", []).append(1) or x * len(net.calls),
+    "a value of the images that leaves": lambda net, x: x * nn.Parameter(x).detach().mean(),
+}
+
+
+@pytest.mark.parametrize("kind", DRIFTING)
+def test_a_network_that_is_another_at_every_call_is_refused(kind):
+    class Drifting(Net):
+        def forward(self, x):
+            return super().forward(DRIFTING[kind](self, x))
+
+    for ask in ("certify", "estimate", "local_lipschitz"):
+        with pytest.raises(TypeError, match=r"other logits|no rule|None|takes a value"):
+            PUBLIC[ask](Drifting().double().eval(), images(6))
+
+
+def test_training_mode_of_a_network_that_has_to_run_is_refused_before_it_runs(ask):
+    class Learning(Net):
+        def forward(self, x):
+            assert not self.training, "it has run"
+            return super().forward(x)
+
+    refused(ask, Learning().double(), r"training mode.*eval\(\)")
+
+
+def test_training_mode_of_a_part_is_refused(ask):
+    model = settled(of_the_users(), nn.Dropout(), nn.Linear(CLASSES, 3))
+    model[1].train()
+    refused(ask, model, r"Dropout at position 1.*training mode")
+
+
+WRAPPED = {
+    "parametrization": (lambda net: parametrizations.weight_norm(parts(net)[0]), "remove_parametrizations"),
+    "orthogonal": (lambda net: parametrizations.orthogonal(parts(net)[0]), "remove_parametrizations"),
+    "pruning": (lambda net: prune.l1_unstructured(parts(net)[0], "weight", 0.5), r"prune\.remove"),
+    "spectral_norm": (lambda net: nn.utils.spectral_norm(parts(net)[0]), "remove_spectral_norm"),
+    "compiled in place": (lambda net: net.compile(), "compile"),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_what_changes_a_layer_from_outside_is_refused_with_its_way_out(ask, model, kind):
+    wrap, way_out = WRAPPED[kind]
+    wrap(model)
+    refused(ask, model, way_out)
+
+
+OUTSIDE = {
+    "compiled": (lambda net: torch.compile(net), "_orig_mod"),
+    "parallel": (lambda net: nn.DataParallel(net), r"\.module"),
+    "TorchScript": (lambda net: torch.jit.trace(net, images(6)), "TorchScript"),
+}
+
+
+@pytest.mark.parametrize("kind", OUTSIDE)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_wrapped_network_is_refused_with_its_way_out(ask, model, kind):
+    wrap, way_out = OUTSIDE[kind]
+    refused(ask, wrap(model), way_out)
+
+
+def test_a_lazy_layer_is_refused_until_it_has_run(ask):
+    model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, CLASSES)).double().eval()
+    refused(ask, model, "LazyLinear at position 0.*run the network once")
+    model(images(6))
+    ask(model, images(6))
+
+
+def test_a_chain_of_wrappers_is_gone_once_it_is_removed(model):
+    layer = parts(model)[0]
+    prune.l1_unstructured(layer, "weight", 0.5)
+    prune.remove(layer, "weight")
+    parametrizations.weight_norm(layer)
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    assert local_lipschitz(model, images(6), 0.1).lipschitz.isfinite().all()
+
+
+def test_an_in_place_layer_at_the_start_leaves_the_images_alone(ask):
+    for model in (settled(nn.ReLU(inplace=True), nn.Linear(6, 3)), settled(nn.Hardtanh(inplace=True), Net())):
+        x = images(6) - 0.5
+        kept = x.clone()
+        ask(model, x)
+        assert torch.equal(x, kept)
