@@ -164,6 +164,7 @@ class _Reader(TorchFunctionMode):
             self.obstacles.append(no_rule(module, _position(self._path(module)), _line()))
             if module.training:
                 raise _Stop  # before it learns from the images
+
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if threading.get_ident() != self._thread or self._leaf not in (None, module):
             return
