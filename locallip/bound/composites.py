@@ -15,11 +15,21 @@ from locallip.bound.operators import LinearOperator, Position
 class Scaling(LinearOperator):
     """Every entry times its own number.
 
-    weight, bias: broadcast over one image's activations, with as many dimensions as these have; bias may be None.
+    weight, bias, bias_size: broadcast over one image's activations, with as many dimensions as these have; the latter
+    two may be None.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, position: Position, shape: torch.Size):
-        self.weight, self.bias, self.position = weight, bias, position
+    norm_bound_is_exact = True
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        position: Position,
+        shape: torch.Size,
+        bias_size: Tensor | None = None,
+    ):
+        self.weight, self.bias, self.position, self.bias_size = weight, bias, position, bias_size
         self.input_shape = self.output_shape = torch.Size(shape)
 
     @property
@@ -48,6 +58,8 @@ class Scaling(LinearOperator):
         return self.weight.abs().max()
 
     def bias_magnitude(self) -> Tensor:
+        if self.bias_size is not None:
+            return self.bias_size
         return torch.zeros_like(self.weight) if self.bias is None else self.bias.abs()
 
 

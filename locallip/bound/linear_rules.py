@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from locallip.bound.composites import Scaling
 from locallip.bound.layers import Normalize
 from locallip.bound.operators import Conv, Dense, LinearOperator
 from locallip.bound.pooling import AveragePool, adaptive_windows, averages, sliding_windows
@@ -63,7 +64,9 @@ _BATCH_NORM_DIMS = {nn.BatchNorm1d: (1, 2), nn.BatchNorm2d: (3,), nn.BatchNorm3d
 def _batch_norm(layer: nn.Module, place: Place) -> LinearOperator:
     _refuse_deployed(place, layer)
     refuse_other_shapes(place, layer, *_BATCH_NORM_DIMS[type(layer)])
-    return _channelwise(place, *_scale_and_shift(layer, place))
+    parts = (part.view(-1, *[1] * (len(place.shape) - 1)) for part in _scale_and_shift(layer, place))
+    scale, shift, shift_size = parts
+    return Scaling(scale, shift, place.position, place.shape, shift_size)
 
 
 @rule(BatchNormed)

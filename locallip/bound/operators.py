@@ -86,6 +86,8 @@ class LinearOperator(ABC):
         rows, columns = (self.weight.new_ones(1, *shape) for shape in (self.input_shape, self.output_shape))
         return (entries.apply(rows).amax() * entries.adjoint(columns).amax()).sqrt()
 
+    # Whether `norm_bound` is the norm itself, but for rounding.
+    norm_bound_is_exact: bool = False
     # How large the parts of W are that may cancel in it, a scalar; 0 where a norm of W tells.
     size_of_parts: Tensor | float = 0.0
     # By how much an error of every sum inside of W can grow on the way out of it.
@@ -141,6 +143,8 @@ class LinearOperator(ABC):
 
 class Dense(LinearOperator):
     """A matrix. weight: (H_out, H_in), bias: (H_out,) or None."""
+
+    norm_bound_is_exact = True
 
     def __init__(self, weight: Tensor, bias: Tensor | None, position: Position):
         self.weight, self.bias, self.position = weight, bias, position

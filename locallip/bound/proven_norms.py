@@ -189,7 +189,7 @@ class ProvenNorms:
             zero = scale * 0
             return _Whole(operator, Bracket(zero, zero), zero)
         entries = scaled.absolute_operator()
-        if isinstance(scaled, Dense):
+        if scaled.norm_bound_is_exact:
             lower, upper = _bracket(scaled.norm_bound(), scaled, _DIRECT_STEPS)
         else:
             (lower,), (upper,) = self._lanczos(scaled, None, None, 1, self._whole_steps, share)
