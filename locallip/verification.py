@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -149,7 +149,8 @@ def verify(
     """Decide image by image whether the label y is the network's answer on the whole epsilon-ball around x.
 
     Stages ask in this order, each about what those before it left open: whether x itself is classified right, the
-    global norms, the local norms, an attack, the dual. What is certified is what `certify` answers.
+    global norms, the local norms, an attack, the dual. Where there is no dual, the attack goes before the local norms
+    of many Lanczos steps. What is certified is what `certify` answers.
 
     Args:
         model: as for `certify`; it is not changed. The certificate is for the function that its weights define in exact
@@ -179,8 +180,7 @@ def verify(
     graph = Graph.of(exact)
     stages = proof_stages(graph, first, norms, effort)
     if attack:
-        place = -1 if isinstance(stages[-1], DualStage) else len(stages)
-        stages.insert(place, AttackStage(model, norms, x.dtype, attack, seed or 0))
+        stages = _with_attack(stages, AttackStage(model, norms, x.dtype, attack, seed or 0))
     radii = torch.as_tensor(epsilon, dtype=torch.float64, device=x.device).expand(len(x))
     parts = []
     with _bar(len(x), progress) as show:
@@ -207,6 +207,14 @@ def _refuse(x: Any, epsilon: Any, attack: int, batch_size: int, clip: tuple[floa
         raise ValueError(f"clip must be the smallest and the largest value of a valid image, got {clip}")
     if clip is not None and ((x < clip[0]) | (x > clip[1])).any():
         raise ValueError(f"an image has values outside of {clip}")
+
+
+def _with_attack(stages: list[Stage], attack: AttackStage) -> list[Stage]:
+    """Put the attack before the dual or, where there is none, before the local norms that cost most."""
+    place = len(stages) - 1 if isinstance(stages[-1], DualStage) else 2
+    # What fails by the product may fall, so only certificates settle anything before it.
+    first = [replace(stage, from_below=False) for stage in stages[:place]]
+    return [*first, attack, *stages[place:]]
 
 
 def _result(proof: Proof, x: Tensor, y: Tensor, epsilon: Tensor) -> Verification:

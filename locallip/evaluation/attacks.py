@@ -52,8 +52,9 @@ def descend(
         clip: smallest and largest value of a valid image, if points are bound to them.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        x = x.clone()
-        step = inside(x, torch.zeros_like(x) if start is None else start.to(x.dtype), epsilon, clip)
+        # Tensors of inference mode have no gradients.
+        x, y, epsilon, other = (None if tensor is None else tensor.clone() for tensor in (x, y, epsilon, other))
+        step = inside(x, torch.zeros_like(x) if start is None else start.to(x.dtype).clone(), epsilon, clip)
         best, lowest = step, torch.full_like(epsilon, torch.inf)
         for number in range(steps + 1):
             step = step.detach().requires_grad_()
