@@ -1,4 +1,4 @@
-"""Put all summaries below results/ into the table of the README, and draw the training logs results/JOB/epochs.csv."""
+"""Put all summaries into the table of the README and the remarks of results/README.md, and draw the trainings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def row(run: utils.Run) -> Row:
 def main() -> None:
     flags.ArgumentParser(__doc__).parse_args()
     distributed.refuse_several()
-    print(refresh(ROOT / "README.md", [row(run) for run in utils.RUNS], ROOT / "results"))
+    print(refresh(ROOT, [row(run) for run in utils.RUNS]))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,8 @@ def test_the_table_draws_trainings_for_a_notebook(tmp_path):
     folder = tmp_path / "results" / "mnist-4c3f"
     folder.mkdir(parents=True)
     shutil.copy(ROOT / "results" / "mnist-4c3f" / "epochs.csv", folder)
-    shutil.copy(ROOT / "README.md", tmp_path)
+    for readme in ("README.md", "results/README.md"):
+        shutil.copy(ROOT / readme, tmp_path / readme)
     code = "import table; from pathlib import Path; import sys\n"
     code += f"table.ROOT = Path({str(tmp_path)!r}); sys.argv = ['table']; table.main()"
     answer = spawn("-c", code, **ENVIRONMENTS["notebook"])

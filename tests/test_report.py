@@ -295,9 +295,11 @@ def test_the_curve_of_the_global_bound_falls_at_its_radius(axes):
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch, command_line):
-    """A copy of the README beside which `table`, called without flags, believes to stand."""
+    """A copy of README.md and results/README.md, beside which `table`, called without flags, believes to stand."""
     command_line()
     shutil.copy(ROOT / "README.md", tmp_path)
+    (tmp_path / "results").mkdir()
+    shutil.copy(ROOT / "results" / "README.md", tmp_path / "results")
     monkeypatch.setattr(table_script, "ROOT", tmp_path)
     return tmp_path
 
@@ -317,7 +319,8 @@ def finish(repository):
         trained=None,
         **arguments,
     ):
-        accuracy = {"clean": {"percent": 71.23}, "pgd": {"percent": 65.0}, "certified": {"percent": certified}}
+        found = {"clean": 71.23, "pgd": 65.0, "certified": certified, "certified_by_product": certified - 4}
+        accuracy = {name: {"percent": percent} for name, percent in found.items()}
         arguments = {"data": "cifar10", "model": "c6f2_relux", "width": 1.0, "epsilon": 0.141} | arguments
         summary = {
             "arguments": arguments,
@@ -345,7 +348,11 @@ def row(repository, job="cifar10-6c2f"):
 def test_a_row_that_was_never_run_says_so(repository, finish):
     finish("cifar10-6c2f")
     for line in ROWS:
-        assert ("| not run |  |  |  |" in row(repository, line.job)) == (line.job != "cifar10-6c2f")
+        assert ("| not run |  |  |  |  |" in row(repository, line.job)) == (line.job != "cifar10-6c2f")
+
+
+def remarks(repository):
+    return table.remarks(ROWS, repository / "results")
 
 
 def cells(repository):
@@ -354,18 +361,19 @@ def cells(repository):
 
 def test_a_row_has_the_papers_values_beside_those_found(repository, finish):
     finish()
-    *_, paper, here, proven, estimate, remarks = cells(repository)
-    assert (paper, here, proven, estimate) == ("70.7 / 64.8 / 54.3", "71.2 / 65.0", "54.6", "not run")
-    assert "an abacus" in remarks
-    assert not any(word in remarks for word in ("scaled", "first", "valid", "estimate"))
+    *_, paper, here, estimate, product, proven, trained = cells(repository)
+    assert (paper, here) == ("70.7 / 64.8 / 54.3", "71.2 / 65.0")
+    assert (estimate, product, proven) == ("not run", "50.6", "**54.6**")
+    assert trained == "800 epochs, proven at ε = 0.141"
+    assert remarks(repository) == "* `cifar10-6c2f`: evaluated on an abacus"
 
 
 def test_proven_and_estimated_certificates_stand_side_by_side(repository, finish):
     finish(kind="proven", certified=54.56)
     finish(kind="estimate", certified=55.01)
-    *_, proven, estimate, remarks = cells(repository)
-    assert (proven, estimate) == ("54.6", "55.0")
-    assert remarks.count("an abacus") == 1
+    *_, estimate, product, proven, _ = cells(repository)
+    assert (estimate, product, proven) == ("55.0", "50.6", "**54.6**")
+    assert remarks(repository).count("an abacus") == 1
 
 
 @pytest.mark.parametrize(("epsilon", "said"), [(36 / 255, False), (0.141, True)])
@@ -380,7 +388,7 @@ def test_an_estimate_of_less_effort_and_a_certificate_for_valid_images_only_are_
     finish(kind="proven", certificate={"clip": True})
     finish(kind="estimate", certificate={"power_iterations": 100})
     assert "valid images only" in row(repository)
-    assert "estimate by 100 power iterations" in row(repository)
+    assert "estimate by 100 power iterations" in remarks(repository)
 
 
 def test_a_recipe_that_is_not_the_papers_has_no_published_values(repository, finish):
@@ -401,7 +409,8 @@ def test_a_training_log_beside_the_reports_gives_the_time_and_a_picture(reposito
     folder = repository / "results" / "mnist-4c3f"
     (folder / "epochs.csv").write_text(EPOCHS)
     table_script.main()
-    assert "trained in 2.0 h, 1800 s an epoch" in row(repository, "mnist-4c3f")
+    assert "2.0 h" in row(repository, "mnist-4c3f")
+    assert "1800 s an epoch" in remarks(repository)
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in (repository / "results").rglob("*.png")] == ["training.png"]
 
@@ -426,9 +435,17 @@ def test_a_damaged_training_log_is_refused(repository, finish, damage):
         table_script.main()
 
 
+def test_figures_of_held_out_images_are_called_so(repository, finish):
+    said = "of held-out training images, not of the test set"
+    finish(held_out=0)
+    assert said not in row(repository)
+    finish(held_out=500)
+    assert said in row(repository)
+
+
 def test_a_scaled_run_is_called_so(repository, finish):
     finish(epochs=40)
-    assert "a scaled run: 40 of 800 epochs" in row(repository)
+    assert "40 of 800 epochs" in row(repository)
 
 
 @pytest.mark.parametrize(
@@ -441,9 +458,9 @@ def test_a_scaled_run_is_called_so(repository, finish):
 )
 def test_a_run_with_other_flags_than_the_recipes_says_so(repository, finish, trained, said):
     finish(trained={"batch_size": 256, "bfloat16": False, "val_split": 0})
-    assert said not in row(repository)
+    assert said not in remarks(repository)
     finish(trained=trained)
-    assert said in row(repository)
+    assert said in remarks(repository)
 
 
 def test_a_run_on_fewer_images_says_so(repository, finish):
@@ -453,8 +470,7 @@ def test_a_run_on_fewer_images_says_so(repository, finish):
 
 def test_a_checkpoint_that_does_not_know_its_epochs_is_no_scaled_run(repository, finish):
     finish(training=False)
-    assert "unknown" in row(repository)
-    assert "scaled" not in row(repository)
+    assert "unknown number of epochs" in row(repository)
 
 
 @pytest.mark.parametrize("other", [{"epsilon": 0.05}, {"width": 0.25}], ids=["epsilon", "width"])
@@ -472,24 +488,32 @@ def test_every_line_of_the_table_has_the_same_columns(repository, finish):
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_the_table_refreshes_its_block_of_the_readme_and_nothing_else(repository, finish, capsys):
-    readme = repository / "README.md"
-    before, _, rest = readme.read_text().partition(table.BEGIN)
-    _, _, after = rest.partition(table.END)
+def test_the_table_refreshes_its_blocks_and_nothing_else(repository, finish, capsys):
+    blocks = {
+        repository / "README.md": (table.table, table.BEGIN, table.END),
+        repository / "results" / "README.md": (table.remarks, table.BEGIN_REMARKS, table.END_REMARKS),
+    }
+    around = {}
+    for path, (_, begin, end) in blocks.items():
+        before, _, rest = path.read_text().partition(begin)
+        around[path] = before, rest.partition(end)[2]
     for job in ("mnist-4c3f", "cifar10-6c2f"):  # the second time over the first table
         finish(job)
         table_script.main()
-        text = table.table(ROWS, repository / "results")
-        assert readme.read_text() == f"{before}{table.BEGIN}\n{text}\n{table.END}{after}"
+        for path, (text, begin, end) in blocks.items():
+            before, after = around[path]
+            assert path.read_text() == f"{before}{begin}\n{text(ROWS, repository / 'results')}\n{end}{after}"
+    text = table.table(ROWS, repository / "results")
     assert text in capsys.readouterr().out
     assert row(repository, "cifar10-4c3f") in text
 
 
-@pytest.mark.parametrize("mark", [table.BEGIN, table.END])
-def test_a_readme_without_the_marks_is_refused_and_left_alone(repository, mark):
-    readme = repository / "README.md"
-    readme.write_text(readme.read_text().replace(mark, ""))
-    before = readme.read_bytes()
+@pytest.mark.parametrize("mark", [table.BEGIN, table.END, table.BEGIN_REMARKS, table.END_REMARKS])
+def test_a_readme_without_the_marks_is_refused_and_nothing_is_changed(repository, mark):
+    texts = [repository / "README.md", repository / "results" / "README.md"]
+    for text in texts:
+        text.write_text(text.read_text().replace(mark, ""))
+    before = [text.read_bytes() for text in texts]
     with pytest.raises(InputError, match="has no lines"):
         table_script.main()
-    assert readme.read_bytes() == before
+    assert [text.read_bytes() for text in texts] == before

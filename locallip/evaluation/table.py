@@ -35,77 +35,128 @@ class Row:
     batch_size: int
 
 
+# The marks in the README between which the table stands, and in the report on the results what is said of its rows.
 BEGIN, END = "<!-- table: bash run_job.sh table -->", "<!-- end of table -->"
+BEGIN_REMARKS, END_REMARKS = "<!-- remarks: bash run_job.sh table -->", "<!-- end of remarks -->"
+_COLUMNS = (
+    "job",
+    "",
+    "paper: clean / PGD / certified",
+    "here: clean / PGD",
+    "estimate, as the paper's",
+    "proven by product",
+    "**proven**",
+    "trained",
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the summaries of a row found, ready for the table.
+
+    Attributes:
+        accuracies: clean and PGD, estimate, proven by the product of norms, proven in all.
+        trained: how long, and whatever else forbids to compare a figure with the paper's as it stands.
+        remarks: everything else in which the run differs from the recipe, and on what it was evaluated.
+    """
+
+    accuracies: tuple[str, str, str, str]
+    trained: str
+    remarks: str
+
+
+_NOT_RUN = Found(("not run", "", "", ""), "", "")
 
 
 def table(rows: Sequence[Row], results: Path) -> str:
-    """Rows as Markdown: the paper's values, and what results/JOB/{proven,estimate}/summary.json found."""
-    lines = [
-        "| job | | paper: clean / PGD / certified (estimate) | here: clean / PGD | certified, proven "
-        "| certified, estimate | remarks |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """Rows as Markdown: the paper's values, and what results/JOB/{proven,estimate}/summary.json found.
+
+    Raises:
+        InputError: if a summary or a training log is damaged.
+    """
+    lines = [_COLUMNS, ("---",) * len(_COLUMNS)]
     for row in rows:
-        paths = [results / row.job / kind / "summary.json" for kind in ("proven", "estimate")]
-        try:
-            summaries = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
-            found = _table_cells(row, summaries, read_epochs(results / row.job))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"a summary.json below {results / row.job} is damaged: {error!r}") from None
+        found = _found(row, results)
         paper = "not of the paper" if row.paper is None else " / ".join(f"{p:.1f}" for p in row.paper)
-        cells = [f"`{row.job}`", row.title, paper, *found]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        *others, proven = found.accuracies
+        lines.append((f"`{row.job}`", row.title, paper, *others, proven and f"**{proven}**", found.trained))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _table_cells(row: Row, summaries: list[dict], epochs: list[dict[str, float]]) -> list[str]:
-    if not summaries:
-        return ["not run", "", "", ""]
-    clean, pgd = (_percent(summaries[0], name) for name in ("clean", "pgd"))
-    certified = {summary["certificate"]["kind"]: _percent(summary, "certified") for summary in summaries}
-    remarks = dict.fromkeys(remark for summary in summaries for remark in _remarks(row, summary))
+def remarks(rows: Sequence[Row], results: Path) -> str:
+    """A line for each row that was run: in what it differs from its recipe; errors as `table`."""
+    found = {row.job: _found(row, results).remarks for row in rows}
+    return "\n".join(f"* `{job}`: {remark}" for job, remark in found.items() if remark)
+
+
+def _found(row: Row, results: Path) -> Found:
+    paths = [results / row.job / kind / "summary.json" for kind in ("proven", "estimate")]
+    epochs = read_epochs(results / row.job)
+    try:
+        summaries = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+        return _compiled(row, summaries, epochs) if summaries else _NOT_RUN
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"a summary.json below {results / row.job} is damaged: {error!r}") from None
+
+
+def _compiled(row: Row, summaries: list[dict], epochs: list[dict[str, float]]) -> Found:
+    by_kind = {summary["certificate"]["kind"]: summary for summary in summaries}
+    attacked = " / ".join(_percent(summaries[0], name) for name in ("clean", "pgd"))
+    estimate, proven, product = "not run", "not run", ""
+    if "estimate" in by_kind:
+        estimate = _percent(by_kind["estimate"], "certified")
+    if "proven" in by_kind:
+        proven = _percent(by_kind["proven"], "certified")
+        product = _percent(by_kind["proven"], "certified_by_product")
+    warnings = dict.fromkeys(warning for summary in summaries for warning in _warnings(row, summary))
+    details = dict.fromkeys(detail for summary in summaries for detail in _details(row, summary))
     if len({summary["checkpoint"]["sha256"] for summary in summaries}) > 1:
-        remarks["the columns are of different checkpoints"] = None
+        warnings["the columns are of different checkpoints"] = None
     if epochs:
         seconds = [epoch["seconds"] for epoch in epochs]
-        remarks[f"trained in {sum(seconds) / 3600:.1f} h, {np.median(seconds):.0f} s an epoch"] = None
-    return [
-        f"{clean} / {pgd}",
-        *(certified.get(kind, "not run") for kind in ("proven", "estimate")),
-        "; ".join(remarks),
-    ]
+        warnings[f"{sum(seconds) / 3600:.1f} h"] = None
+        details[f"{np.median(seconds):.0f} s an epoch"] = None
+    return Found((attacked, estimate, product, proven), ", ".join(warnings), "; ".join(details))
 
 
 def _percent(summary: dict, name: str) -> str:
     return f"{summary['accuracy'][name]['percent']:.1f}"
 
 
-def _remarks(row: Row, summary: dict) -> list[str]:
+def _warnings(row: Row, summary: dict) -> list[str]:
     """What a reader has to know before comparing with the paper."""
     training, certificate = summary["checkpoint"]["training"] or {}, summary["certificate"]
     width, epochs = summary["arguments"]["width"], training.get("epochs")
-    remarks = [f"{epochs or 'unknown number of'} epochs, evaluated on {summary['hardware']}"]
-    if epochs not in (None, row.epochs):
-        remarks.append(f"a scaled run: {epochs} of {row.epochs} epochs")
-    if training.get("batch_size", row.batch_size) != row.batch_size:
-        remarks.append(f"batches of {training['batch_size']} instead of {row.batch_size}")
-    if training.get("bfloat16"):
-        remarks.append("convolutions of the training in bfloat16")
-    if training.get("val_split"):
-        remarks.append(f"the epoch picked on {training['val_split']:,} held-out training images")
+    of_all = "" if epochs in (None, row.epochs) else f" of {row.epochs}"
+    warnings = [f"{epochs or 'unknown number of'}{of_all} epochs"]
+    if summary["arguments"].get("held_out"):
+        warnings.append("of held-out training images, not of the test set")
     if summary["epsilon"] != row.epsilon:
-        remarks.append(f"{certificate['kind']} at ε = {summary['epsilon']:g}")
+        warnings.append(f"{certificate['kind']} at ε = {summary['epsilon']:g}")
     if width != 1:
-        remarks.append(f"{width:g} of the width")
+        warnings.append(f"{width:g} of the width")
     if summary["images"] != 10000:
-        remarks.append(f"first {summary['images']} images")
-    if certificate["kind"] == "estimate" and certificate["power_iterations"] != 2000:
-        remarks.append(f"estimate by {certificate['power_iterations']} power iterations")
+        warnings.append(f"first {summary['images']} images")
     if certificate["clip"]:
-        remarks.append("valid images only")
+        warnings.append("valid images only")
     if certificate.get("deployed", "exact") != "exact":
-        remarks.append(f"for the {certificate['deployed']} network")
-    return remarks
+        warnings.append(f"for the {certificate['deployed']} network")
+    return warnings
+
+
+def _details(row: Row, summary: dict) -> list[str]:
+    """Further differences from the recipe, and the hardware."""
+    training, certificate = summary["checkpoint"]["training"] or {}, summary["certificate"]
+    details = [f"evaluated on {summary['hardware']}"]
+    if training.get("batch_size", row.batch_size) != row.batch_size:
+        details.append(f"batches of {training['batch_size']} instead of {row.batch_size}")
+    if training.get("bfloat16"):
+        details.append("convolutions of the training in bfloat16")
+    if training.get("val_split"):
+        details.append(f"the epoch picked on {training['val_split']:,} held-out training images")
+    if certificate["kind"] == "estimate" and certificate["power_iterations"] != 2000:
+        details.append(f"estimate by {certificate['power_iterations']} power iterations")
+    return details
 
 
 # Columns of a training log that are read here.
@@ -129,23 +180,34 @@ def read_epochs(folder: Path) -> list[dict[str, float]]:
         raise InputError(f"{path} is no training log: {error!r}") from None
 
 
-def refresh(readme: Path, rows: Sequence[Row], results: Path) -> str:
-    """Put the table into the README between its two marks, draw the trainings, and return the table.
+def refresh(root: Path, rows: Sequence[Row]) -> str:
+    """Put the table into root/README.md, the remarks into root/results/README.md, draw the trainings; the table.
 
     Raises:
         InputError: if the marks are not there, or a summary or training log is damaged.
     """
-    text = readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise InputError(f"{readme} has no lines '{BEGIN}' and '{END}'")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
+    results = root / "results"
     new = table(rows, results)
+    texts = {
+        root / "README.md": (BEGIN, new, END),
+        results / "README.md": (BEGIN_REMARKS, remarks(rows, results), END_REMARKS),
+    }
+    whole = {path: _with_block(path, *block) for path, block in texts.items()}
     for row in rows:
         epochs = read_epochs(results / row.job)
         if epochs:
             with pictures.drawing(results / row.job / "training.png") as axes:
                 pictures.training(axes, epochs, row)
-    whole = f"{before}{BEGIN}\n{new}\n{END}{after}"
-    write_atomically(readme, lambda temporary: temporary.write_text(whole, encoding="utf-8"))
+    for path, text in whole.items():
+        write_atomically(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
     return new
+
+
+def _with_block(path: Path, begin: str, block: str, end: str) -> str:
+    """The text of a file with another block between two marks."""
+    text = path.read_text(encoding="utf-8")
+    if begin not in text or end not in text:
+        raise InputError(f"{path} has no lines '{begin}' and '{end}'")
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{block}\n{end}{after}"
