@@ -33,7 +33,8 @@ Usage: bash run_job.sh JOB [ARGUMENTS ...]
   test-oldest           the same with the oldest supported packages, in an environment of their own
   falsify PREFIX        try to break proven certificates of a checkpoint: PGD with restarts, steepest slopes
   bench                 time one training step of every recipe beside a plain step
-  bench-proof PREFIX    what a proven certificate of a checkpoint costs beside the published protocol
+  bench-proof [PREFIX]  what a proof of a checkpoint, or of all committed ones, costs beside the published protocol
+  bench-rivals          the dual beside CROWN and alpha-CROWN on a plainly trained network, in an environment of its own
   table                 put the reports below results/JOB/ beside the paper's values, in the README too
   tinyimagenet-data     fetch Tiny ImageNet (237 MB), or unpack the archive that is named
 
@@ -78,7 +79,15 @@ case $job in
     test-oldest) unset PYTHON; set_up .venv-oldest requirements-oldest.txt; "$PYTHON" -m pytest "$@" ;;
     falsify) need_prefix "$@"; set_up; "$PYTHON" falsify.py --out results/falsify --saved_model "$@" ;;
     bench) set_up; "$PYTHON" benchmarks/training_step.py "$@" ;;
-    bench-proof) need_prefix "$@"; set_up; "$PYTHON" benchmarks/certification.py --saved_model "$@" ;;
+    bench-proof)
+        set_up
+        if [[ ${1:--} != -* ]]; then set -- --saved_model "$@"; fi
+        "$PYTHON" benchmarks/certification.py "$@" ;;
+    bench-rivals)
+        unset PYTHON
+        set_up .venv-rivals benchmarks/requirements-rivals.txt
+        "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation auto_LiRPA==0.3
+        "$PYTHON" benchmarks/rivals.py "$@" ;;
     table) set_up; "$PYTHON" table.py "$@" ;;
     tinyimagenet-data) fetch=$PWD/TinyImagenet/data/tinyimagenet.sh; cd "$called_from"; bash "$fetch" "$@" ;;
     help | -h | --help) jobs ;;
