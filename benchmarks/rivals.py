@@ -1,6 +1,6 @@
 """The dual beside other verifiers on a plainly trained network; `--help` lists the flags.
 
-A network 784-100-100-10 with ReLU is trained on MNIST with cross-entropy and nothing else, in a minute; then the first
+A network 784-100-100-10 with ReLU is trained on MNIST with cross-entropy and nothing else, in seconds; then the first
 test digits are certified in the whole L2 ball by the product of norms and by the dual, both proven in float64, and by
 CROWN and alpha-CROWN of auto_LiRPA in float32, where that is installed (`bash run_job.sh bench-rivals` sees to it).
 Every method takes all digits as one batch; times are of the processor, on one thread.
@@ -9,6 +9,7 @@ Every method takes all digits as one batch; times are of the processor, on one t
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import platform
 import sys
@@ -95,11 +96,13 @@ def by_crown(model: nn.Sequential, x: Tensor, y: Tensor, epsilon: float, method:
     return (lower > 0).all(dim=1)
 
 
-def has_auto_lirpa() -> bool:
+def prepare_auto_lirpa() -> bool:
     """Whether auto_LiRPA is installed; makes its version 0.3 run with a torch and a numpy of today.
 
-    That version takes names that have moved since.
+    That version takes names that have moved or gone since.
     """
+    if importlib.util.find_spec("auto_LiRPA") is None:
+        return False
     import torch.onnx.symbolic_helper
     import torch.onnx.utils
     from torch.onnx._internal.torchscript_exporter import _globals, utils
@@ -113,10 +116,6 @@ def has_auto_lirpa() -> bool:
         _globals.GLOBALS, "export_onnx_opset_version", version
     )
     torch._C.Node.__getitem__ = lambda node, name: getattr(node, node.kindOf(name))(name)
-    try:
-        import auto_LiRPA  # noqa: F401
-    except ImportError:
-        return False
     return True
 
 
@@ -151,10 +150,11 @@ def as_table(clean: int, radii: dict[float, dict[str, dict[str, Any]]]) -> str:
 def main() -> None:
     parser = flags.ArgumentParser(__doc__)
     flag = parser.add_argument
+    flag("--data", choices=["mnist", "digits"], default="mnist", help="data set")
     flag("--data_dir", type=flags.path, default="data", help="folder of the data sets")
     flag("--epsilons", type=flags.positive_float, nargs="+", default=[0.25, 0.5], help="L2 radii in pixel space")
     flag("--images", type=flags.positive_int, default=100, help="the first so many test digits")
-    flag("--epochs", type=flags.positive_int, default=10, help="of the training")
+    flag("--epochs", type=flags.positive_int, default=2, help="of the training")
     flag("--seed", type=flags.seed, default=0, help="of the training")
     flag("--json", type=flags.path, help="file for the figures")
     flag("--overwrite", action="store_true", help="replace the file that --json names")
@@ -164,8 +164,8 @@ def main() -> None:
         refuse_existing(Path(args.json), args.overwrite)
     torch.set_num_threads(1)
     cpu = processor(torch.device("cpu"))
-    images = load_data("mnist", args.data_dir, train=False)[: args.images]
-    model = train(load_data("mnist", args.data_dir, train=True), args.epochs, args.seed)
+    images = load_data(args.data, args.data_dir, train=False)[: args.images]
+    model = train(load_data(args.data, args.data_dir, train=True), args.epochs, args.seed)
     exact, (x, y, _) = copy.deepcopy(model).double(), next(images.batches(len(images)))
     clean = right(model(x), y)
     methods = {
@@ -173,7 +173,7 @@ def main() -> None:
         "product": lambda epsilon: by_proof(exact, x.double(), y, epsilon, "product"),
         "dual": lambda epsilon: by_proof(exact, x.double(), y, epsilon, "dual"),
     }
-    if has_auto_lirpa():
+    if prepare_auto_lirpa():
         methods["CROWN"] = lambda epsilon: by_crown(model, x, y, epsilon, "CROWN")
         methods["alpha-CROWN"] = lambda epsilon: by_crown(model, x, y, epsilon, "CROWN-Optimized")
     else:
@@ -186,6 +186,7 @@ def main() -> None:
             "images": len(images),
             "clean": int(clean.sum()),
             "radii": {f"{epsilon:g}": row for epsilon, row in radii.items()},
+            "data": args.data,
             "epochs": args.epochs,
             "seed": args.seed,
             "processor": cpu,

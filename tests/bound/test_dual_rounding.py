@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from locallip.bound.dual.elementwise import BentLine, ClippedLine
-from locallip.bound.dual.maxima import _OPERATIONS, Terms
+from locallip.bound.dual.maxima import Terms
 from locallip.bound.dual.pairs import ClippedPairs
 from locallip.bound.dual.proof import _OWN_SHARE
 
@@ -104,7 +104,10 @@ def best_of_bent_line(act, z, unit, box):
         return a * change - g * d - mu / 2 * (d - t) ** 2 + nu / 2 * (change - c) ** 2
 
     best = []
-    for slope, ends in ((left, (box[0], min(max(-z, box[0]), box[1]))), (right, (min(max(-z, box[0]), box[1]), box[1]))):
+    for slope, ends in (
+        (left, (box[0], min(max(-z, box[0]), box[1]))),
+        (right, (min(max(-z, box[0]), box[1]), box[1])),
+    ):
         offset = slope * z - activation(z)  # change = slope d + offset in this piece
         top = (slope * (a + nu * (offset - c)) - g + mu * t) / (mu - nu * slope**2)
         best.append(terms(min(max(top, ends[0]), ends[1])))

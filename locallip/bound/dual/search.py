@@ -1,6 +1,7 @@
 """Good multipliers for the dual, in float32: gradient descent from the first guess, question by question.
 
-No proof depends on what happens here. Questions are handled together, and each leaves as soon as its bound is below its
+No proof depends on what happens here, nor on the precision of the products: a GPU that is set to TF32 may find less,
+and `proof` then says so in float64. Questions are handled together, and each leaves as soon as its bound is below its
 margin.
 """
 
