@@ -84,9 +84,10 @@ case $job in
         if [[ ${1:--} != -* ]]; then set -- --saved_model "$@"; fi
         "$PYTHON" benchmarks/certification.py "$@" ;;
     bench-rivals)
-        unset PYTHON
-        set_up .venv-rivals benchmarks/requirements-rivals.txt
-        "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation auto_LiRPA==0.3
+        if [ -z "${PYTHON:-}" ]; then
+            set_up .venv-rivals benchmarks/requirements-rivals.txt
+            "$PYTHON" -m pip install --quiet --no-deps auto_LiRPA==0.3
+        fi
         "$PYTHON" benchmarks/rivals.py "$@" ;;
     table) set_up; "$PYTHON" table.py "$@" ;;
     tinyimagenet-data) fetch=$PWD/TinyImagenet/data/tinyimagenet.sh; cd "$called_from"; bash "$fetch" "$@" ;;
