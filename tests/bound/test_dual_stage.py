@@ -3,6 +3,7 @@
 import torch
 from dual_cases import CLASSES, IMAGES, Case, case
 
+from locallip.bound.dual import search as searching
 from locallip.bound.dual.proof import proven_margin
 from locallip.bound.dual.search import search
 from locallip.bound.dual.stage import prove_classes
@@ -16,6 +17,19 @@ def test_questions_that_leave_early_are_proven_as_the_search_says():
     assert len(set(found.iterations[done].tolist())) > 1
     proven = proven_margin(it.chain.take(done), it.label[done], it.other[done], found.multipliers)
     assert (proven > 0).all()
+
+
+def test_hopeless_questions_are_given_up_early_and_no_others(monkeypatch):
+    it = case("maxmin", 0.4)
+    found = search(it.chain, it.slope, it.margin)
+    monkeypatch.setattr(searching, "_HOPE", torch.inf)
+    patient = search(it.chain, it.slope, it.margin)
+    given_up = ~found.done & (found.iterations > 0)
+    assert given_up.any()
+    assert (found.iterations[given_up] < 60).any()
+    assert torch.equal(found.done, patient.done)
+    assert torch.equal(found.iterations[found.done], patient.iterations[found.done])
+    assert (patient.iterations[given_up] == 60).all()
 
 
 def test_the_stage_proves_more_than_the_product_and_only_what_is_asked():
