@@ -11,43 +11,26 @@ long; `torch.fx` dies of `len(x)` and `if x.shape[1] != 3`.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 
 from locallip.bound.calls import Call, NoTranslationError, Step, translate
 from locallip.bound.nodes import IMAGES, Node, Obstacle, Refusal
 from locallip.bound.operators import Position
 from locallip.bound.precision import own_precision
 from locallip.bound.rules import describe, has_rule, namesake, no_rule
+from locallip.bound.seen import TELLS_NO_VALUE, name_of, tensors_in, users_line
 
 # Images of the run: another number than there are channels, classes or dimensions, so that they are told apart.
 _IMAGES = 3
-# Files between a call and the line of the user's that makes it.
-_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-# What says nothing about the values of a tensor.
-_ABOUT = {
-    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.stride),
-    *(Tensor.is_contiguous, Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device, Tensor.element_size),
-    *(torch.numel, torch.is_floating_point, torch.is_complex, Tensor.__repr__, Tensor.__hash__),
-}
-_ABOUT |= {
-    getattr(Tensor, name).__get__
-    for name in (
-        *("shape", "ndim", "dtype", "device", "layout", "requires_grad", "grad_fn", "is_leaf", "is_cuda", "is_cpu"),
-        *("is_sparse", "is_quantized", "is_nested", "is_meta", "is_mkldnn", "_version", "itemsize", "nbytes"),
-    )
-}
 _BY_VALUE = "a graph holds for all images only if nothing but their shape decides what happens; say it with tensors"
 
 
@@ -59,13 +42,13 @@ class Captured:
         nodes: in the order of the calls.
         output: position of the node that makes the logits.
         shape: of one image's output.
-        computed: tensors that the run has computed from others than the images, and that a node is made of.
+        roots: tensors that the run has computed others from, of which a node is made; not the images.
     """
 
     nodes: list[Node] = field(default_factory=list)
     output: Position | None = IMAGES
     shape: torch.Size = field(default_factory=torch.Size)
-    computed: list[Tensor] = field(default_factory=list)
+    roots: list[Tensor] = field(default_factory=list)
 
 
 def capture(model: nn.Module, x: Tensor) -> Captured:
@@ -111,7 +94,7 @@ class _Reader(TorchFunctionMode):
         self._captured = Captured()
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._traced: dict[int, _Traced] = {}
-        self._computed: dict[int, Tensor] = {}
+        self._computed: dict[int, tuple[Tensor, list[Tensor]]] = {}
         self._inside: list[nn.Module] = []
         self._leaf: nn.Module | None = None
         self._before: dict[int, Position | None] = {}
@@ -161,7 +144,7 @@ class _Reader(TorchFunctionMode):
         # All of it now, since the layer may work in place, or fail.
         self._leaf, self._before = module, {id(value): self._position(value) for value in inputs}
         if inputs and not has_rule(module):
-            self.obstacles.append(no_rule(module, _position(self._path(module)), _line()))
+            self.obstacles.append(no_rule(module, _position(self._path(module)), users_line()))
             if module.training:
                 raise _Stop  # before it learns from the images
 
@@ -174,19 +157,19 @@ class _Reader(TorchFunctionMode):
             self._leave_leaf(module, [value for value in (*args, *kwargs.values()) if self._depends(value)], output)
 
     def _leave_leaf(self, module: nn.Module, inputs: list[Tensor], output: Any) -> None:
-        tensors = list(_tensors(output))
+        tensors = list(tensors_in(output))
         if not inputs:
-            self._computed.update({id(tensor): tensor for tensor in tensors})
+            self._compute([*module.parameters(), *module.buffers()], output)
         elif not has_rule(module):
             self._go_on(tensors)
         elif len(inputs) != 1 or len(self._before) != 1 or not isinstance(output, Tensor):
-            where = f"{describe(_position(self._path(module)), module)}{_line(' ({})')}"
+            where = f"{describe(_position(self._path(module)), module)}{users_line(' ({})')}"
             self.obstacles.append(Obstacle(f"{where} takes or gives several tensors, or takes one by name"))
             self._go_on(tensors)
         else:
             position = self._name(_position(self._path(module)))
             self._captured.nodes.append(
-                Node(position, module, tuple(self._before.values()), inputs[0].shape[1:], _line())
+                Node(position, module, tuple(self._before.values()), inputs[0].shape[1:], users_line())
             )
             self._trace(output, position)
 
@@ -199,49 +182,63 @@ class _Reader(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._leaf is not None or threading.get_ident() != self._thread or function in _ABOUT:
+        if self._leaf is not None or threading.get_ident() != self._thread or function in TELLS_NO_VALUE:
             return function(*args, **kwargs)
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(tensors_in((args, kwargs)))
         inputs = [tensor for tensor in tensors if self._depends(tensor)]
         if not inputs:
             result = function(*args, **kwargs)
-            self._computed.update({id(t): t for t in _tensors(result) if tensors})
+            self._compute(tensors, result)
             return result
         self._refuse_training(function, args, kwargs)
-        positions = {id(tensor): self._position(tensor) for tensor in inputs}
-        shapes = {id(tensor): tensor.shape[1:] for tensor in inputs}
+        before = {id(tensor): (self._position(tensor), tensor.shape[1:]) for tensor in inputs}
+        constants = {id(tensor): tensor._version for tensor in tensors if id(tensor) not in before}
         result = function(*args, **kwargs)
-        if not any(True for _ in _tensors(result)):
-            what = f"{_called(function)}{self._where()} takes a value out of the network"
-            self._stop(Obstacle(what, _BY_VALUE))
+        if not any(True for _ in tensors_in(result)):
+            self._stop(Obstacle(f"{name_of(function)}{self._where()} takes a value out of the network", _BY_VALUE))
         try:
+            if any(constants.get(id(tensor), tensor._version) != tensor._version for tensor in tensors):
+                raise NoTranslationError("writes activations into another tensor")
             step = translate(function, args, kwargs, Call(self._depends, result))
+            if {id(tensor) for tensor in step.tensors()} != set(before):
+                raise NoTranslationError("depends on the images in more than its first argument")
         except NoTranslationError as reason:
-            self.obstacles.append(Obstacle(f"{_called(function)}{self._where()} {reason}", self._way_out()))
-            self._go_on(list(_tensors(result)))
+            self.obstacles.append(Obstacle(f"{name_of(function)}{self._where()} {reason}", self._way_out()))
+            self._go_on(list(tensors_in(result)))
             return result
-        self._captured.computed += [t for t in tensors if id(t) in self._computed]
-        position = self._apply(step, function, positions, shapes)[0]
-        self._trace(result, position)
+        self._captured.roots += {id(root): root for root in self._roots(tensors)}.values()
+        self._trace(result, self._apply(step, function, before)[0])
         return result
 
+    def _compute(self, tensors: list[Tensor], result: Any) -> None:
+        """Note what was computed without the images, which the tensors that it comes from can change."""
+        roots = [root for tensor in tensors for root in self._computed.get(id(tensor), (tensor, [tensor]))[1]]
+        if roots:
+            self._computed.update({id(t): (t, list({id(r): r for r in roots}.values())) for t in tensors_in(result)})
+
+    def _roots(self, tensors: list[Tensor]) -> Iterator[Tensor]:
+        known = {id(root) for root in self._captured.roots}
+        for tensor in tensors:
+            if id(tensor) in self._computed:
+                yield from (root for root in self._computed[id(tensor)][1] if id(root) not in known)
+
     def _apply(
-        self, step: Step, function: Callable[..., Any], positions: dict[int, Any], shapes: dict[int, torch.Size],
-        outermost: bool = True,
-    ) -> tuple[Position | None, torch.Size]:  # fmt: skip
-        """Record a step behind those that it is applied to: its position, and inside of another the shape behind it."""
+        self, step: Step, function: Callable[..., Any], known: dict[int, tuple[Any, torch.Size]], outermost: bool = True
+    ) -> tuple[Position | None, torch.Size]:
+        """Record a step behind those that it is applied to: its position, and inside of another the shape behind it.
+
+        known: position and shape of tensors by their identity, as they were before the call.
+        """
         before = [
-            self._apply(value, function, positions, shapes, outermost=False)
-            if isinstance(value, Step)
-            else (positions[id(value)], shapes[id(value)])
+            self._apply(value, function, known, outermost=False) if isinstance(value, Step) else known[id(value)]
             for value in step.inputs
         ]
         if step.layer is None:
             return before[0]
         path = self._path(self._inside[-1]) if self._inside else ""
-        position = self._name(f"{path}.{_called(function)}" if path else _called(function))
+        position = self._name(f"{path}.{name_of(function)}" if path else name_of(function))
         inputs, (shape, *_) = zip(*before)
-        self._captured.nodes.append(Node(position, step.layer, inputs, shape, _line()))
+        self._captured.nodes.append(Node(position, step.layer, inputs, shape, users_line()))
         return position, shape if outermost else _shape_behind(step.layer, [shape for _, shape in before])
 
     def _refuse_training(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> None:
@@ -288,11 +285,11 @@ class _Reader(TorchFunctionMode):
 
     def _where(self) -> str:
         if not self._inside:
-            return _line(" ({})")
+            return users_line(" ({})")
         module = self._inside[-1]
         kind, path = type(module).__name__, self._path(module)
         kind = f"{type(module).__module__}.{kind}" if namesake(module) else kind
-        return f" in {kind}{f' at position {path}' if path else ''}{_line(' ({})')}"
+        return f" in {kind}{f' at position {path}' if path else ''}{users_line(' ({})')}"
 
     def _way_out(self) -> str:
         other = namesake(self._inside[-1]) if self._inside else None
@@ -313,28 +310,3 @@ def _is_leaf(module: nn.Module) -> bool:
 
 def _position(path: str) -> Position:
     return int(path) if path.isdecimal() else path
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _called(function: Callable[..., Any]) -> str:
-    name = resolve_name(function) or getattr(function, "__name__", str(function))
-    return f"{name.removesuffix('.__get__').split('.')[-1]}()"
-
-
-def _line(form: str = "{}") -> str:
-    """File and line of the user's that called, in a form; empty where there is none."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if not frame.f_code.co_filename.startswith((*_NOT_THE_USERS, "<")):
-            return form.format(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
-        frame = frame.f_back
-    return ""

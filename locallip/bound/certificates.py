@@ -80,7 +80,8 @@ def certify(
 ) -> Tensor:
     """Whether the label y is the network's answer on the whole epsilon-ball around x: (N,) bool.
 
-    A tie, a NaN and an image that is not finite count as no.
+    A tie, a NaN and an image that is not finite count as no. `locallip.verify` says more, and attacks what is not
+    certified.
 
     Args:
         model: any network whose layers and calls have rules (see `Graph.of`); it is not changed. The certificate is for
@@ -158,16 +159,27 @@ def _prepare(
     """Network, images and norms of a certificate of that name, good for so many radii."""
     if isinstance(certificate, str) and certificate not in ("proven", "estimate"):
         raise ValueError(f"the certificate must be 'proven' or 'estimate', got '{certificate}'")
+    if certificate == "proven":
+        graph, x = in_float64(model, x), x.double()
+        norms = proven_norms(graph, x, len(x), failure_probability, radii + 1)  # one more for the last layer's
+        return graph, x, norms.with_steps(LANCZOS_STEPS[-1])
     graph = Graph.of(model, x)
-    graph.meanings(x, Arithmetic())  # refuses what it does not know before anything is copied
-    if certificate != "proven":
-        graph.refuse_if_unlike(model, x)
-        return graph, x, PowerIteration(_ITERATIONS) if certificate == "estimate" else certificate
-    x = x.double()
-    graph = Graph.of(copy.deepcopy(model).double(), x)
     graph.refuse_if_unlike(model, x)
-    norms = proven_norms(graph, x, len(x), failure_probability, radii + 1)  # one more for the last layer's
-    return graph, x, norms.with_steps(LANCZOS_STEPS[-1])
+    return graph, x, PowerIteration(_ITERATIONS) if certificate == "estimate" else certificate
+
+
+def in_float64(model: nn.Module, x: Tensor) -> Graph:
+    """The graph of a copy of a network in float64, for images x (N, ...).
+
+    Raises:
+        TypeError: as `Graph.of`, before anything is copied, and where the network gives other logits than the graph.
+        ValueError: as `Graph.meanings`.
+    """
+    Graph.of(model, x).meanings(x, Arithmetic())
+    exact = copy.deepcopy(model).double()
+    graph = Graph.of(exact, x.double())
+    graph.refuse_if_unlike(model, x.double())
+    return graph
 
 
 def _certified(graph: Graph, x: Tensor, y: Tensor, epsilon: float | Tensor, norms: Norms, effort: str) -> Tensor:

@@ -9,7 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from locallip.bound import activation_rules, call_rules, linear_rules  # noqa: F401 - what they register
+from locallip.bound import (  # noqa: F401 - what they register
+    activation_rules,
+    call_rules,
+    calls_of_layers,
+    calls_of_tensors,
+    linear_rules,
+)
 from locallip.bound.activations import Activation
 from locallip.bound.affine import is_affine, with_sums
 from locallip.bound.capture import capture
@@ -64,7 +70,8 @@ class Graph:
 
         Raises:
             TypeError: names all that is in the way, each with its place, the user's line and a way out: hooks, replaced
-                forwards, parametrizations, wrappers, layers and calls without a rule.
+                forwards, parametrizations, wrappers, layers and calls without a rule; or says that a network that was
+                run gives other logits for x than its graph.
             ValueError: for a network in training mode that has to run.
         """
         if isinstance(model, Graph):
@@ -96,9 +103,10 @@ class Graph:
         if not (nodes and type(nodes[-1].layer) is nn.Linear):
             before = nodes[-1].position if nodes else IMAGES
             nodes.append(Node("logits", _identity(run.shape[0], x), (before,), run.shape))
-        weights = [*model.parameters(), *model.buffers()] if run.computed else []
-        kept = tuple((tensor, tensor.detach().clone()) for tensor in weights)
-        return cls(tuple(nodes[:-1]), nodes[-1], x.shape[1:], kept)
+        kept = tuple((tensor, tensor.detach().clone()) for tensor in run.roots)
+        graph = cls(tuple(nodes[:-1]), nodes[-1], x.shape[1:], kept)
+        graph.refuse_if_unlike(model, x)
+        return graph
 
     def consumers(self) -> Counter[Position | None]:
         """How many layers take what a node gives, by its position."""

@@ -9,9 +9,7 @@ for every network here.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +19,12 @@ from locallip.bound.bound import Bound, HiddenLayer
 from locallip.bound.graph import Graph
 from locallip.bound.joins import Join
 from locallip.bound.nodes import IMAGES
-from locallip.bound.norms import Bracket, Norms
+from locallip.bound.norms import Norms
 from locallip.bound.operators import Dense, LinearOperator, Position
 from locallip.bound.region import CenteredRegion, Point, Region
 from locallip.bound.rounding import ExactArithmetic, Rounding
 from locallip.bound.rules import Meaning, Reshape
+from locallip.bound.states import Open, State, States
 from locallip.bound.tensors import per_image
 
 
@@ -75,7 +74,7 @@ def propagate(
     graph = Graph.of(model, x)
     meanings = graph.meanings(x, norms.arithmetic)
     walk = _Walk(epsilon, norms, sparse_threshold, fused, keep_layers)
-    states = _States(graph.consumers())
+    states = States(graph.consumers())
     states.keep(IMAGES, walk.first(x, clip, box))
     for node, (position, meaning) in zip(graph.hidden, meanings):
         state = walk.behind(states.take(node.inputs), position, meaning)
@@ -83,72 +82,6 @@ def propagate(
         states.keep(position, walk.closed(state) if states.are_shared(position) else state)
     (state,) = states.take(graph.last.inputs)
     return walk.finish(state, graph.last_operator())
-
-
-@dataclass(frozen=True)
-class _Open:
-    """A linear layer whose local norm waits for the activations behind it to say which rows are left.
-
-    Rows follow as long as every activation treats each entry by itself; one that mixes entries ends that.
-    """
-
-    operator: LinearOperator
-    whole: Bracket
-    columns: Tensor | None
-    region: Region | None = None  # behind the layer, where layers are kept
-    activations: tuple[Activation, ...] = ()
-    rows: Tensor | None = None
-    rows_follow: bool = True
-
-
-@dataclass(frozen=True)
-class _State:
-    """What is known at one place of the network, of N images.
-
-    Attributes:
-        region: ball and box.
-        local: (N,) product of the local norms so far, but for that of the open layer.
-        lowest: (N,) the same of the lower ends of their brackets.
-        whole: scalar, product of the global norms so far.
-        rounding: of this computation, which ball and box have to allow for.
-        deployed: of the network that the bound is for.
-        columns: (N, ...) which of the current activations can vary; None: all.
-        open: see there.
-    """
-
-    region: Region
-    local: Tensor
-    lowest: Tensor
-    whole: Tensor
-    rounding: ExactArithmetic
-    deployed: ExactArithmetic
-    columns: Tensor | None = None
-    open: _Open | None = None
-
-
-class _States:
-    """States by position, each until the last layer has taken it. consumers: how many layers take it."""
-
-    def __init__(self, consumers: Counter[Position | None]):
-        self._waiting = consumers.copy()
-        self._known: dict[Position | None, _State] = {}
-
-    def keep(self, position: Position | None, state: _State) -> None:
-        """Keep a state for those that will take it."""
-        self._known[position] = state
-
-    def are_shared(self, position: Position | None) -> bool:
-        """Whether several layers will take what stands there."""
-        return self._waiting[position] > 1
-
-    def take(self, positions: Sequence[Position | None]) -> list[_State]:
-        """The states that a layer takes; what nobody else waits for is forgotten."""
-        states = [self._known[position] for position in positions]
-        self._waiting.subtract(positions)
-        for position in set(positions):
-            if not self._waiting[position]:
-                del self._known[position]
-        return states
 
 
 class _Walk:
@@ -165,14 +98,14 @@ class _Walk:
         self._varying: dict[Position, Tensor] = {}
         self._masks: dict[Position, tuple[Tensor | None, Tensor | None]] = {}
 
-    def first(self, x: Tensor, clip: tuple[float, float] | None, box: bool) -> _State:
+    def first(self, x: Tensor, clip: tuple[float, float] | None, box: bool) -> State:
         """At the images x (N, ...)."""
         arithmetic, none, one = self.norms.arithmetic, torch.zeros_like(self.epsilon), torch.ones_like(self.epsilon)
         rounding, deployed = (
             Rounding(u, none) if u else ExactArithmetic() for u in (arithmetic.own, arithmetic.deployed)
         )
         region = self._first_region(x, clip, rounding) if box else Point(x, self.epsilon)
-        return _State(region, one, one, self.epsilon.new_ones(()), rounding, deployed)
+        return State(region, one, one, self.epsilon.new_ones(()), rounding, deployed)
 
     def _first_region(self, x: Tensor, clip: tuple[float, float] | None, rounding: ExactArithmetic) -> Region:
         half = per_image(self.epsilon, x)
@@ -184,7 +117,7 @@ class _Walk:
             lower, upper = lower.clamp(min=clip[0]), upper.clamp(max=clip[1])
         return Region(x, lower, upper)
 
-    def behind(self, states: list[_State], position: Position, meaning: Meaning) -> _State:
+    def behind(self, states: list[State], position: Position, meaning: Meaning) -> State:
         """Behind a layer."""
         if isinstance(meaning, Join):
             return self.join(states, meaning)
@@ -195,7 +128,7 @@ class _Walk:
             return self.activation(state, position, meaning)
         return self.reshape(state, meaning)
 
-    def linear(self, state: _State, operator: LinearOperator) -> _State:
+    def linear(self, state: State, operator: LinearOperator) -> State:
         """Behind W x + b."""
         state = self.closed(state)
         radius = self._radius(state, state.local if self.norms.local_ball else state.whole)
@@ -210,14 +143,14 @@ class _Walk:
             behind = (rounding.behind_layer(operator, norm.upper, absolute, length) for rounding in behind)
         rounding, deployed = behind
         region = region.of_radius(rounding.product(self.epsilon, whole) + rounding.distance)
-        still_open = _Open(operator, norm, state.columns, None if self._layers is None else region)
+        still_open = Open(operator, norm, state.columns, None if self._layers is None else region)
         local = state.local
         if region.lost is not None and not self._allows:
             # Masks read off such a box would be wrong; where rounding is allowed for, it has been made larger.
             local = torch.where(region.lost, torch.nan, local)
-        return _State(region, local, state.lowest, whole, rounding, deployed, None, still_open)
+        return State(region, local, state.lowest, whole, rounding, deployed, None, still_open)
 
-    def activation(self, state: _State, position: Position, activation: Activation) -> _State:
+    def activation(self, state: State, position: Position, activation: Activation) -> State:
         """Behind an activation."""
         if self._sparsity is not None:
             self._sparsity = self._sparsity + activation.slack(state.region, self.sparse_threshold)
@@ -252,7 +185,7 @@ class _Walk:
                 still_open = replace(still_open, rows=rows)
         return replace(state, region=region, columns=columns, open=still_open)
 
-    def _stretched(self, state: _State, activation: Activation) -> _State:
+    def _stretched(self, state: State, activation: Activation) -> State:
         """With the constants of an activation multiplied in, where it has others than 1."""
         steepness = activation.steepness(state.region)
         local = _times(state.rounding, state.local, steepness)
@@ -271,12 +204,12 @@ class _Walk:
                 f"the activation at position {position} rounds, and its rounding in float32 is not bounded"
             )
 
-    def reshape(self, state: _State, reshape: Reshape) -> _State:
+    def reshape(self, state: State, reshape: Reshape) -> State:
         """Behind a layer that only renames entries, in the same order."""
         columns = None if state.columns is None else reshape.function(state.columns)
         return replace(state, region=state.region.reshape(reshape.function), columns=columns)
 
-    def join(self, states: list[_State], join: Join) -> _State:
+    def join(self, states: list[State], join: Join) -> State:
         """Where branches meet, each with constants of its own."""
         self._layers = None  # the dual knows chains alone
         states = [self.closed(state) for state in states]
@@ -288,10 +221,10 @@ class _Walk:
         region = join.region(regions)
         region = region.widened(rounding.of_join(join, lengths, region.center))
         columns = join.columns([state.columns for state in states], regions)
-        state = _State(region, *constants, rounding, deployed, columns)
+        state = State(region, *constants, rounding, deployed, columns)
         return replace(state, region=region.of_radius(self._radius(state, state.whole)))
 
-    def finish(self, state: _State, last: Dense) -> Bound:
+    def finish(self, state: State, last: Dense) -> Bound:
         """Read off the last hidden layer and pass its value at x through the last layer."""
         state = self.closed(state)
         region, radius = state.region, self._radius(state, state.local)
@@ -322,11 +255,11 @@ class _Walk:
             sparsity=self._sparsity,
         )
 
-    def _radius(self, state: _State, lipschitz: Tensor) -> Tensor:
+    def _radius(self, state: State, lipschitz: Tensor) -> Tensor:
         """(N,) of the ball that holds what the whole ball around x becomes, if that is its constant so far."""
         return state.rounding.product(self.epsilon, lipschitz) + state.rounding.distance
 
-    def _longest(self, state: _State, radius: Tensor) -> Tensor | None:
+    def _longest(self, state: State, radius: Tensor) -> Tensor | None:
         """L2 length (N,) that no vector in box and ball exceeds, nor one that is multiplied; None if nothing asks."""
         if not self._allows:
             return None
@@ -334,7 +267,7 @@ class _Walk:
         largest = torch.maximum(region.lower.abs(), torch.maximum(region.upper.abs(), region.center.abs()))
         return largest.flatten(1).norm(dim=1) + radius
 
-    def closed(self, state: _State) -> _State:
+    def closed(self, state: State) -> State:
         """Ask for the local norm of the last linear layer, now that its rows are known."""
         if state.open is None:
             return state

@@ -340,6 +340,15 @@ UNREADABLE = {
     "a constant for every image": (lambda x: x + torch.ones(3, 6), "for every image"),
     "statistics of the batch": (lambda x: F.batch_norm(x, None, None, training=True), "batch"),
     "layer_norm": (lambda x: F.layer_norm(x, (6,)), r"layer_norm\(\)"),
+    "weights that come from the images": (lambda x: F.linear(x, x.sum() * torch.eye(6)), "sum|images"),
+    "ends that come from the images": (
+        lambda x: F.linear(torch.ones(3, 6).double(), torch.eye(6) * F.relu(x)[:1].sum()),
+        ".",
+    ),
+    "a convolution with the images": (lambda x: F.linear(x, F.relu(x)[:, :6].repeat(2, 1)), "images|repeat|getitem"),
+    "an activation with the images as its slope": (lambda x: F.prelu(x, F.relu(x)[0]), "images|getitem"),
+    "a constant that the images are written into": (lambda x: torch.zeros(3, 6).double().add_(x), "another tensor"),
+    "an output that was given": (lambda x: torch.add(x, 1, out=torch.zeros(3, 6).double()), r"add\(\)"),
     "einsum": (lambda x: torch.einsum("nh,nh->nh", x, x), r"einsum\(\)"),
 }
 
