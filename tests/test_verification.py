@@ -306,8 +306,8 @@ def test_what_are_no_images_is_refused(x):
 
 def test_an_unknown_layer_and_training_mode_are_refused_before_anything_runs():
     x, y = torch.rand(3, 2), torch.zeros(3, dtype=torch.long)
-    with pytest.raises(TypeError, match="Tanh"):
-        verify(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)), x, y, 0.1)
+    with pytest.raises(TypeError, match="Softshrink"):
+        verify(nn.Sequential(nn.Linear(2, 2), nn.Softshrink(), nn.Linear(2, 2)), x, y, 0.1)
     with pytest.raises(ValueError, match="training mode"):
         verify(nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Linear(2, 2)), x, y, 0.1)
 

@@ -93,7 +93,7 @@ def _concatenate(call: Call, tensors: Sequence[Tensor], dim: int = 0, *, axis: i
 # --- what changes no number ------------------------------------------------------------------------------------------
 
 
-@means("reshape", "view", "flatten", "squeeze", "unsqueeze", "unflatten")
+@means("reshape", "view", "flatten", "squeeze", "unsqueeze", "unflatten", "view_as")
 def _view(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Step:
     if call.result.dtype != input.dtype:
         raise NoTranslationError("reads the bits of numbers as others")
