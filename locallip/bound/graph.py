@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from locallip.bound.activations import Activation
+from locallip.bound.checks import refuse_width
 from locallip.bound.norms import Arithmetic
 from locallip.bound.operators import Dense, LinearOperator, Position
 from locallip.bound.rules import BatchNormed, Meaning, Place, describe, meaning_of
@@ -60,13 +61,14 @@ class Graph:
 
         Raises:
             TypeError: names the first layer without a rule and its position; no layer is ever skipped.
-            ValueError: names a layer in training mode.
+            ValueError: names a layer in training mode, or one that takes activations of another width.
         """
         shape, result = x.shape[1:], []
         for node in self.hidden:
             meaning = meaning_of(node.layer, Place(node.position, shape, x, arithmetic))
             shape = _shape_behind(meaning, shape, x)
             result.append((node.position, meaning))
+        refuse_width(self.last.layer, self.last.position, shape)
         return result
 
     def operators(self, x: Tensor) -> list[LinearOperator]:
@@ -76,6 +78,11 @@ class Graph:
     def activations(self, x: Tensor) -> list[Activation]:
         """The activations in order, for images x (N, ...); errors as `meanings`."""
         return [m for _, m in self.meanings(x, Arithmetic()) if isinstance(m, Activation)]
+
+    @property
+    def classes(self) -> int:
+        """How many logits it has."""
+        return len(self.last.layer.weight)
 
     def last_operator(self) -> Dense:
         """The linear layer that makes the logits."""

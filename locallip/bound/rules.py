@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from locallip.bound.activations import Activation, Clip, ClippedMaxMin
+from locallip.bound.checks import refuse_no_outputs, refuse_width
 from locallip.bound.layers import ClampGroupSort, Normalize, ReLU_x
 from locallip.bound.norms import Arithmetic
 from locallip.bound.operators import Conv, Dense, LinearOperator, Position
@@ -68,12 +69,16 @@ def meaning_of(layer: nn.Module, place: Place) -> Meaning:
 
     Raises:
         TypeError: if its type has no rule, or the rule does not know such settings; names layer and position.
-        ValueError: if it is in training mode and computes otherwise there.
+        ValueError: if it is in training mode and computes otherwise there, or takes activations of another width.
     """
     if type(layer) not in _RULES:
         supported = ", ".join(sorted({layer_type.__name__ for layer_type in _RULES if layer_type is not BatchNormed}))
         raise TypeError(f"no rule for {describe(place.position, layer)}; supported are {supported}")
-    return _RULES[type(layer)](layer, place)
+    refuse_width(layer, place.position, place.shape)
+    meaning = _RULES[type(layer)](layer, place)
+    if isinstance(meaning, LinearOperator):
+        refuse_no_outputs(layer, place.position, place.shape, meaning.output_shape)
+    return meaning
 
 
 def describe(position: Position, layer: nn.Module) -> str:
