@@ -183,15 +183,15 @@ def _sizes(shape: Iterable[int | str]) -> str:
     return ", ".join(map(str, shape))
 
 
-# Beyond it no floating-point number is finite.
-_LARGEST_INTEGER = int(sys.float_info.max)
+# Integers beyond it are no finite floating-point numbers.
+_LARGEST = int(sys.float_info.max)
 
 
 def _number(name: str, value: Any) -> Any:
     is_number = isinstance(value, int | float) or (isinstance(value, Real) and hasattr(value, "dtype"))
     if isinstance(value, bool) or not is_number:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}{_as_tensor(name, value)}")
-    return value if isinstance(value, float) or abs(value) <= _LARGEST_INTEGER else math.inf
+    return math.inf if isinstance(value, int) and abs(value) > _LARGEST else value
 
 
 def _as_tensor(name: str, value: Any) -> str:

@@ -123,6 +123,7 @@ def prove(
 
     model, x: float64. norms: see `proven_norms`. Arguments and errors otherwise are those of `decide`.
     """
+    refuse_images(x, model)
     graph = model if isinstance(model, Graph) else Graph.of(model)
     return decide(proof_stages(graph, x, norms, effort), graph, x, y, epsilon, clip, fallen)
 
