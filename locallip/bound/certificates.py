@@ -125,7 +125,10 @@ def certify(
     own, unless it is a `ProvenNorms`, is asked about all of them at once. How they are split changes nothing but which
     random numbers a norm meets. Neither the network nor x is changed.
 
-    Whole norms are kept for later calls on the same weights (see `kept_norms`). SECONDS
+    Whole norms are kept for later calls on the same weights (see `kept_norms`). Milliseconds an image by the product
+    (by the dual) of two convolutions of 8 and 16 channels on 28x28 pixels and two dense layers, untrained, one thread of
+    an EPYC (Zen 4): alone 340 the first time, then 7 (7) where the global norms decide, 20 (34) at epsilon 0.01, 26 (89)
+    at 0.05; in a call with a hundred 0.5 (0.5), 2 (7) and 7 (33).
 
     Raises:
         TypeError: names the first layer without a rule and its position, or an argument of another kind.
@@ -160,7 +163,10 @@ def certified_radius(
     The radius returned was itself certified (0 where the network's answer is not y), and one that is larger by
     `tolerance` at most was not. Images that are certified up to `limit`, which is more than any two images of 0.3
     million pixels in [0, 1] lie apart, get `limit`. Without y, (N,), the network's own answer is the label. Arguments
-    otherwise and errors are those of `certify`.
+    otherwise and errors are those of `certify`, which is asked 20 times or so: that is what it costs.
+
+    Raises:
+        TypeError, ValueError: also for a tolerance or limit that is no number, or not finite and above 0.
     """
     refuse_effort(effort)
     refuse_search(tolerance, limit)
