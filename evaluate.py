@@ -29,7 +29,7 @@ from locallip.evaluation.plan import Plan
 from locallip.evaluation.summary import as_text, summarize, versions
 from locallip.evaluation.unfinished import Unfinished, begin, images_sha256, source_sha256
 from locallip.files import InputError, exists, run_script
-from locallip.images import ImageSet
+from locallip.images import ImageSet, hold_out
 
 
 def arguments(defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
@@ -78,18 +78,20 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     flag("--saved_model", type=flags.path, required=True, help=saved)
     epsilon = "L2 radius in pixel space (pixels in [0, 1]); default: the paper's for the data set"
     flag("--epsilon", type=flags.natural_float, help=epsilon)
-    flag("--images", type=flags.positive_int, help="only the first so many test images; default: all")
+    flag("--images", type=flags.positive_int, help="only the first so many images; default: all")
+    held_out = "instead of the test set the so many training images that --val_split holds out, with the same --seed"
+    flag("--held_out", type=flags.natural_int, default=0, help=held_out)
     probability = "of a proven certificate: that any norm of the whole run is too small"
     flag("--failure_probability", type=flags.probability, default=1e-6, help=probability)
 
 
 def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[str, Any]]:
-    """What the flags name: model in eval mode and test images on one device, the checkpoint's path and content.
+    """What the flags name: model in eval mode and images on one device, the checkpoint's path and content.
 
     Fills in data, model and width from the checkpoint where `args` do not name them, and the data set's radius.
 
     Raises:
-        InputError: if one of them is missing, damaged or does not fit.
+        InputError: if one of them is missing, damaged or does not fit, or images to hold out were trained on.
     """
     with distributed.all_or_none():
         device = distributed.select_device(args.device)
@@ -102,6 +104,8 @@ def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[
             setattr(args, name, trained.get(name, otherwise))
         if not isinstance(getattr(args, name), kind):
             raise InputError(f"{path} does not say what it was trained with: its {name} is {getattr(args, name)!r}")
+    if args.held_out:
+        _refuse_trained_on(args, trained, path)
     classes = count_classes(args.data, args.data_dir)
     model = utils.select_model(args.data, args.model, width=args.width, classes=classes)
     load_weights(model, checkpoint["state_dict"], str(path))
@@ -109,8 +113,25 @@ def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[
     if args.epsilon is None:
         args.epsilon = DATA_SETS[args.data].epsilon
     with distributed.one_per_machine_first():
-        images = load_data(args.data, args.data_dir, train=False)
+        images = load_data(args.data, args.data_dir, train=bool(args.held_out))
+    if args.held_out:
+        _, images = hold_out(images, args.held_out, args.seed)
     return model, images.to(device)[: args.images], path, checkpoint
+
+
+def _refuse_trained_on(args: argparse.Namespace, trained: Mapping[str, Any], path: Path) -> None:
+    """Refuse images to hold out that a network was trained on, as far as its checkpoint knows."""
+    if args.data != trained.get("data", args.data):
+        raise InputError(f"{path} was trained on {trained['data']}; --held_out of {args.data} means nothing for it")
+    count, seed = trained.get("val_split", args.held_out), trained.get("seed", args.seed)
+    if not (isinstance(count, int) and isinstance(seed, int)):
+        raise InputError(f"{path} does not say what it was trained with: val_split {count!r}, seed {seed!r}")
+    if count == 0:
+        raise InputError(f"{path} was trained on all training images (--val_split 0); drop --held_out")
+    # The first so many of one order are held out, so fewer are among them.
+    if seed != args.seed or count < args.held_out:
+        own = f"--held_out {count} --seed {seed}"
+        raise InputError(f"{path} was trained on some of these images; those that it held out are {own}")
 
 
 def find_checkpoint(saved_model: str) -> Path:

@@ -29,6 +29,7 @@ jobs() {
 Usage: bash run_job.sh JOB [ARGUMENTS ...]
 
   demo                  train a small robust net on the shipped digits, evaluate it, draw a picture (about 5 minutes)
+  reproduce JOB         a row of the table from end to end; --minutes N shortens it to what fits that time here
   test                  run the tests
   test-oldest           the same with the oldest supported packages, in an environment of their own
   falsify PREFIX        try to break proven certificates of a checkpoint: PGD with restarts, steepest slopes
@@ -77,6 +78,7 @@ case $job in
     test) set_up; "$PYTHON" -m pytest "$@" ;;
     test-oldest) unset PYTHON; set_up .venv-oldest requirements-oldest.txt; "$PYTHON" -m pytest "$@" ;;
     falsify) need_prefix "$@"; set_up; "$PYTHON" falsify.py --out results/falsify --saved_model "$@" ;;
+    reproduce) set_up; "$PYTHON" reproduce.py "$@" ;;
     bench) set_up; "$PYTHON" benchmarks/training_step.py "$@" ;;
     bench-proof) need_prefix "$@"; set_up; "$PYTHON" benchmarks/certification.py --saved_model "$@" ;;
     table) set_up; "$PYTHON" table.py "$@" ;;

@@ -23,11 +23,14 @@ from locallip.flags import (
     positions,
     positive_float,
     positive_int,
+    probability,
     scale,
     seed,
 )
 from locallip.images import hold_out
 from locallip.training import run as training_run
+from locallip.training.losses import LOSSES, choose_weight
+from locallip.training.schedule import LOG_START, RADII, RATES
 from runs import RECIPES, RUNS, Run  # noqa: F401
 
 # --- architectures ---------------------------------------------------------------------------------------------------
@@ -214,7 +217,15 @@ def training_arguments(
     epsilon = "L2 radius of validation, in pixel space (pixels in [0, 1]); default: the paper's for the data set"
     flag("--epsilon", type=natural_float, help=epsilon)
     flag("--epsilon_train", type=natural_float, help="L2 radius at the end of the ramp-up")
-    flag("--gloro", action="store_true", help="GloRo loss instead of BCP loss")
+    ramp = f"how the radius rises: linearly from 0, or from {LOG_START} on a logarithmic scale"
+    flag("--epsilon_schedule", choices=list(RADII), default="linear", help=ramp)
+    losses = parser.add_mutually_exclusive_group()
+    names = "what is minimised; docs/training.md has the formulas and their sources"
+    losses.add_argument("--loss", choices=list(LOSSES), default="bcp", help=names)
+    losses.add_argument("--gloro", dest="loss", action="store_const", const="gloro", help="short for --loss gloro")
+    weights = ", ".join(f"{loss.weight:g} for {name}" for name, loss in LOSSES.items() if loss.weight is not None)
+    weight = f"of the loss's second term, the slack of cll; default: {weights}"
+    flag("--loss_weight", type=positive_float, help=weight)
     flag("--sniter", type=positive_int, help="power iterations per training step")
     indices = "positions of the layers that train with local norms, e.g. 0,6,12; the others have global ones"
     flag("--indices", type=positions, help=f"{indices}; default: all are local")
@@ -237,9 +248,14 @@ def training_arguments(
     flag("--bfloat16", action="store_true", help=rounds)
     flag("--lr", type=positive_float, help="learning rate of Adam")
     flag("--end_lr", type=positive_float, help="learning rate of the last epoch")
-    flag("--lr_scheduler", choices=["exp", "constant"], default="exp", help="exponential decay to end_lr, or none")
+    shape = "constant, then exponential to end_lr; constant; or, step by step, linear or half a cosine to end_lr"
+    flag("--lr_scheduler", choices=list(RATES), default="exp", help=shape)
+    rise = "epochs, with fractions, in which the learning rate rises linearly from 0 before its decay"
+    flag("--lr_warmup", type=natural_float, default=0.0, help=rise)
     more = "epochs of constant learning rate beyond half of all; default: 25 of the published number, in proportion"
     flag("--more", type=natural_int, help=more)
+    average = "decay of a moving average of the weights, which is validated beside them; the better of both is kept"
+    flag("--ema", type=probability, help=f"{average}; default: none")
     flag("--no_augmentation", action="store_true", help="no random crops and flips (digits never have any)")
     val_split = "training images held out to pick the best epoch on; 0: the test set picks, as in the paper"
     flag("--val_split", type=natural_int, default=0, help=val_split)
@@ -261,9 +277,13 @@ def training_arguments(
     args.epochs, args.warmup, args.rampup, args.more, args.global_epochs = (
         round(n * args.scale) for n in (args.epochs, args.warmup, args.rampup, args.more, args.global_epochs)
     )
+    args.loss_weight = choose_weight(args.loss, args.loss_weight, args.epsilon_train)
+    args.lr_warmup *= args.scale
+    if args.lr_warmup >= max(1, args.epochs):
+        raise InputError(f"--lr_warmup {args.lr_warmup:g} leaves none of {args.epochs} epochs; lower it")
     if args.epochs < max(1, args.warmup + args.rampup):
         raise InputError(
-            f"{args.epochs} epochs are shorter than warm-up and ramp-up ({args.warmup} + {args.rampup}); "
+            f"--epochs {args.epochs} is less than warm-up and ramp-up ({args.warmup} + {args.rampup}); "
             f"lower --warmup and --rampup too, or shorten all with --scale"
         )
     return args

@@ -90,7 +90,7 @@ class Bench:
     ) -> Callable[[], Tensor]:
         model, x = copy.deepcopy(self.model), self.images
         norms = PowerIteration(args.sniter, local_positions=args.indices, skip_idle_masks=skip, factors=factors)
-        loss = RobustLoss(model, norms, args.opt_iter, args.gloro, args.sparse, args.sp_thres)
+        loss = RobustLoss.from_arguments(model, norms, args)
         stored = StoredVectors(len(x), layout.vectors, x.device)
         step = Step(loss, norms, stored, torch.optim.Adam(model.parameters(), lr=args.lr))
         indices = torch.arange(len(x), device=x.device)

@@ -102,6 +102,6 @@ def hold_out(images: ImageSet, count: int, seed: int) -> tuple[ImageSet, ImageSe
         InputError: if that leaves nothing.
     """
     if count >= len(images):
-        raise InputError(f"--val_split {count} leaves none of the {len(images)} training images")
+        raise InputError(f"holding out {count} leaves none of the {len(images)} training images; hold out fewer")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     return images[order[count:].sort().values], images[order[:count].sort().values]

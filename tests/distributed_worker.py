@@ -24,7 +24,10 @@ from locallip.training.step import RobustLoss, Step, Tally
 IMAGES = 11  # shared by 2 or 4 processes, it leaves parts of different sizes
 LOSSES = {
     "bcp": {},
-    "gloro": {"gloro": True, "rounds": 3},
+    "gloro": {"loss": "gloro", "rounds": 3},
+    "gloro-kl": {"loss": "gloro-kl"},
+    "cll": {"loss": "cll", "radius": 0.3},
+    "emma": {"loss": "emma"},
     "sparse": {"sparse": 0.5, "sparse_threshold": 0.1},
     "two local layers": {},
     "maxmin": {"sparse": 0.5},

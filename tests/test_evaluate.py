@@ -1,17 +1,20 @@
 """What an evaluation asks about which image: no more than leaves it open, and no less."""
 
+import argparse
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, read_csv
 
 import evaluate
 from local_bound import propagate, worst_logits, worst_margin
 from locallip.bound.power_iteration import PowerIteration
+from locallip.checkpoints import load_checkpoint, save_checkpoint
 from locallip.evaluation.certificates import Estimate
 from locallip.evaluation.evaluation import over_radius
+from locallip.images import hold_out
 
 MULTIPLES = [0.0, 0.5, 0.75, 1.0, 1.5, 2.0]
 
@@ -100,3 +103,58 @@ def test_both_certificates_share_one_attack(call, saved_net, tmp_path):
     assert proven["certified"]["count"] <= estimate["certified"]["count"]
     again = call("evaluate", *flags, "--certificate", "both")
     assert (again.code, len(again.err.splitlines())) == (2, 1)
+
+
+# --- held-out training images
+
+
+@pytest.fixture
+def trained_with(saved_net):
+    """Makes the tiny net one that says what it was trained with."""
+
+    def train(**arguments):
+        save_checkpoint(saved_net, load_checkpoint(saved_net) | {"arguments": arguments})
+        return saved_net
+
+    return train
+
+
+@pytest.mark.parametrize("trained", [{}, {"data": "digits", "val_split": 30, "seed": 5}])
+@pytest.mark.parametrize("count", [20, 30])
+def test_the_images_that_a_training_held_out_can_be_evaluated(
+    call, digits, trained_with, monkeypatch, tmp_path, trained, count
+):
+    flags = [*TINY, "--saved_model", trained_with(**trained), "--epsilon", 0.01, "--certificate", "estimate"]
+    answer = call("evaluate", *flags, "--held_out", count, "--seed", 5, "--test_sniter", 5, "--out", tmp_path / "out")
+    assert (answer.code, answer.err) == (0, "")
+    assert answer.out.startswith(f"digits: {count} held-out training images, epsilon 0.01 ")
+    training, held_out = hold_out(digits[True], 30, 5)
+    labels = [int(row["label"]) for row in read_csv(tmp_path / "out" / "images.csv")]
+    assert len(labels) == count
+    if count == 30:
+        assert labels == held_out.labels.tolist()
+    args = argparse.Namespace(**json.loads((tmp_path / "out" / "summary.json").read_text())["arguments"])
+    _, images, _, _ = evaluate.load(args)
+    known = {image.numpy().tobytes() for image in held_out.images} - {i.numpy().tobytes() for i in training.images}
+    assert {image.numpy().tobytes() for image in images.images} <= known
+
+
+@pytest.mark.parametrize(
+    ("trained", "flags", "complaint"),
+    [
+        ({"val_split": 20, "seed": 2019}, ["--held_out", 21], "--held_out 20 --seed 2019"),
+        ({"val_split": 20, "seed": 2019}, ["--held_out", 20, "--seed", 1], "--held_out 20 --seed 2019"),
+        ({"val_split": 0, "seed": 2019}, ["--held_out", 20], "drop --held_out"),
+        ({"val_split": "many"}, ["--held_out", 20], "does not say what it was trained with: val_split 'many'"),
+        ({"data": "mnist", "val_split": 20}, ["--held_out", 20], "was trained on mnist"),
+        ({}, ["--held_out", 6000], "leaves none of the 6000"),
+        ({}, ["--held_out", -1], "must not be negative"),
+    ],
+)
+def test_images_that_a_network_was_trained_on_are_not_held_out_ones(
+    call, trained_with, tmp_path, trained, flags, complaint
+):
+    answer = call("evaluate", *TINY, "--saved_model", trained_with(**trained), *flags, "--out", tmp_path / "out")
+    assert (answer.code, len(answer.err.splitlines())) == (2, 1)
+    assert complaint in answer.err
+    assert not (tmp_path / "out").exists()

@@ -435,6 +435,14 @@ def test_a_damaged_training_log_is_refused(repository, finish, damage):
         table_script.main()
 
 
+def test_figures_of_held_out_images_are_called_so(repository, finish):
+    said = "of held-out training images, not of the test set"
+    finish(held_out=0)
+    assert said not in row(repository)
+    finish(held_out=500)
+    assert said in row(repository)
+
+
 def test_a_scaled_run_is_called_so(repository, finish):
     finish(epochs=40)
     assert "40 of 800 epochs" in row(repository)

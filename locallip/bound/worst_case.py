@@ -114,9 +114,20 @@ def global_radius(logits: Tensor, y: Tensor, last: Dense, hidden_lipschitz: Tens
 
     logits: (N, K) at x. y: (N,) labels. last: the layer that makes them. hidden_lipschitz: up to the layer before.
     """
-    margins = logits.gather(1, y[:, None]) - logits  # (N, K)
-    slopes = (last.weight[y].unsqueeze(1) - last.weight).norm(dim=2) * hidden_lipschitz
-    return (margins / slopes).scatter(1, y[:, None], torch.inf).amin(dim=1).clamp(min=0)
+    return class_radii(logits, y, last, hidden_lipschitz).amin(dim=1).clamp(min=0)
+
+
+def class_radii(logits: Tensor, y: Tensor, last: Dense, hidden_lipschitz: Tensor) -> Tensor:
+    """Radius up to which a Lipschitz constant alone keeps each class below the label's: (N, K).
+
+    Below 0 where a class is above already; infinite at the label. Arguments: see `global_radius`.
+    """
+    margins = logits.gather(1, y[:, None]) - logits
+    slopes = (last.weight[y].unsqueeze(1) - last.weight).norm(dim=2) * hidden_lipschitz.expand(len(y))[:, None]
+    moves = slopes != 0
+    # Without a slope the radius is infinite, and has no gradient.
+    radii = torch.where(moves, margins / torch.where(moves, slopes, 1), margins.detach() * torch.inf)
+    return radii.scatter(1, y[:, None], torch.inf)
 
 
 def worst_margin(worst: Tensor, y: Tensor) -> Tensor:
@@ -126,12 +137,13 @@ def worst_margin(worst: Tensor, y: Tensor) -> Tensor:
 
     worst: (N, K) from `worst_logits`. y: (N,) labels.
     """
-    return worst.gather(1, y[:, None]).squeeze(1) - _largest_wrong(worst, y)
+    return worst.gather(1, y[:, None]).squeeze(1) - largest_wrong(worst, y)
 
 
 def with_worst_class(logits: Tensor, worst: Tensor, y: Tensor) -> Tensor:
-    return torch.cat([logits, _largest_wrong(worst, y).unsqueeze(1)], dim=1)  # (N, K + 1)
+    return torch.cat([logits, largest_wrong(worst, y).unsqueeze(1)], dim=1)  # (N, K + 1)
 
 
-def _largest_wrong(logits: Tensor, y: Tensor) -> Tensor:
+def largest_wrong(logits: Tensor, y: Tensor) -> Tensor:
+    """The largest logit of a wrong class, of (N, K)."""
     return logits.scatter(1, y[:, None], -torch.inf).amax(dim=1)  # (N,)

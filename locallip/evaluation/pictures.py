@@ -96,7 +96,7 @@ def certified_over_radius(axes: Axes, outcome: Outcome, epsilon: float) -> None:
     axes.axvline(epsilon, color=INK, linewidth=0.8, alpha=0.4)
     axes.annotate(f"ε = {epsilon:.4g}", (epsilon, 1), xytext=(5, 2), textcoords="offset points", color=INK, fontsize=9)
     axes.set(xlim=(0, end), ylim=(0, 100), xlabel="L2 radius (pixels in [0, 1])", ylabel="accuracy (%)")
-    axes.set_title(f"Accuracy over radius, {len(outcome.label):,} test images", loc="left", fontsize=11)
+    axes.set_title(f"Accuracy over radius, {len(outcome.label):,} images", loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=9)
 
 
@@ -117,7 +117,7 @@ def local_over_global(axes: Axes, outcome: Outcome, epsilon: float) -> None:
         fontsize=9,
         color=INK,
     )
-    axes.set(xlim=(0, None), xlabel="local / global Lipschitz bound", ylabel="test images")
+    axes.set(xlim=(0, None), xlabel="local / global Lipschitz bound", ylabel="images")
     axes.set_title(f"How much smaller the local bound is at ε = {epsilon:.4g}", loc="left", fontsize=11)
 
 

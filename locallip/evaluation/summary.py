@@ -117,9 +117,8 @@ def as_text(summary: dict) -> str:
         "certified_by_product": ("", "by the product of local norms"),
         "certified_globally": ("", "global bound alone, rounding not allowed for"),
     }
-    lines = [
-        f"{arguments['data']}: {summary['images']} test images, epsilon {summary['epsilon']:.6g} (L2, pixel space)"
-    ]
+    images = f"{summary['images']} {'held-out training' if arguments.get('held_out') else 'test'} images"
+    lines = [f"{arguments['data']}: {images}, epsilon {summary['epsilon']:.6g} (L2, pixel space)"]
     for name, accuracy in summary["accuracy"].items():
         low, high = accuracy["interval_95"]
         label, how = named[name]

@@ -129,6 +129,8 @@ def _warnings(row: Row, summary: dict) -> list[str]:
     width, epochs = summary["arguments"]["width"], training.get("epochs")
     of_all = "" if epochs in (None, row.epochs) else f" of {row.epochs}"
     warnings = [f"{epochs or 'unknown number of'}{of_all} epochs"]
+    if summary["arguments"].get("held_out"):
+        warnings.append("of held-out training images, not of the test set")
     if summary["epsilon"] != row.epsilon:
         warnings.append(f"{certificate['kind']} at ε = {summary['epsilon']:g}")
     if width != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ class RunFiles:
 
     Attributes:
         checkpoint: the last epoch, with all that resuming needs.
-        best: the epoch with the smallest certified error on the validation set, the first of several.
+        best: the epoch with the smallest certified error on the validation set, the first of several; of its weights
+            and their average, the better ones.
         log: one row per epoch.
 
     Raises:
@@ -43,7 +45,8 @@ class RunFiles:
                 raise InputError(f"{path} exists; choose another --prefix, or --resume, or --overwrite")
 
     def save(self, checkpoint: Mapping[str, Any]) -> None:
-        """Write what an epoch leaves. checkpoint: `state_dict`, `err`, `epoch`, `arguments`, `rows`, and more.
+        """Write what an epoch leaves. checkpoint: `state_dict`, `err`, `epoch`, `arguments`, `rows`, and more, such as
+        `averaged` with a `state_dict` of its own.
 
         The checkpoint goes first. What a kill then leaves undone, `make_good` does when the run is resumed.
 
@@ -60,9 +63,9 @@ class RunFiles:
             InputError: if one of them cannot be written.
         """
         # A best epoch before the last one was written before the last checkpoint was.
-        if best_epoch(checkpoint["rows"]) == checkpoint["epoch"] and not _holds(self.best, checkpoint):
-            published = {name: checkpoint[name] for name in ("state_dict", "err", "epoch", "arguments")}
-            save_checkpoint(self.best, published)
+        best = _better_weights(checkpoint)
+        if best_epoch(checkpoint["rows"]) == checkpoint["epoch"] and not _holds(self.best, best):
+            save_checkpoint(self.best, best)
         write_csv(self.log, checkpoint["rows"])
 
 
@@ -74,7 +77,21 @@ def best_epoch(rows: Sequence[Mapping[str, Any]]) -> int:
     """
     if len({tuple(row) for row in rows}) != 1:
         raise ValueError("its rows have different columns, or there are none")
-    return min(rows, key=lambda row: row["validation_certified_error"])["epoch"]
+    return min(rows, key=smallest_error)["epoch"]
+
+
+def smallest_error(row: Mapping[str, Any]) -> float:
+    """The certified error on the validation set, of the weights or of their average where that is smaller."""
+    return min(row["validation_certified_error"], row.get("averaged_certified_error", math.inf))
+
+
+def _better_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The last epoch in the published layout, with the weights or their average, whichever have the smaller error."""
+    published = {name: checkpoint[name] for name in ("state_dict", "err", "epoch", "arguments")}
+    row = checkpoint["rows"][-1]
+    if smallest_error(row) == row["validation_certified_error"]:
+        return published
+    return published | {"state_dict": checkpoint["averaged"]["state_dict"], "err": smallest_error(row)}
 
 
 def _holds(path: Path, checkpoint: Mapping[str, Any]) -> bool:

@@ -20,7 +20,9 @@ from locallip.bound.worst_case import worst_logits
 from locallip.checkpoints import load_checkpoint, load_weights
 from locallip.files import InputError, ScriptError, check_writable, first_line
 from locallip.images import ImageSet
-from locallip.training.files import RunFiles, best_epoch
+from locallip.training.averaging import AveragedModel
+from locallip.training.files import RunFiles, best_epoch, smallest_error
+from locallip.training.resuming import own_shuffle, refuse_other_arguments
 from locallip.training.schedule import Schedule
 from locallip.training.shares import count_batches, loss_weights
 from locallip.training.step import Layout, RobustLoss, Step, Tally
@@ -32,11 +34,6 @@ RESUME_ITERATIONS = 30
 COMPILE_FROM = 1e10
 # Batches between two looks at the loss; on a GPU every look waits for the device.
 BATCHES_PER_LOOK = 20
-# Flags that a resumed run may have otherwise than before; start_from is kept as it was.
-_MAY_DIFFER = {"device", "ddp", "compile", "data_dir", "output_dir", "prefix", "resume", "overwrite"}
-_MAY_DIFFER |= {"start_from", "test_batch_size"}
-# Flags that weights belong to, so that a run with other ones cannot start from them.
-_OF_THE_NETWORK = {"data", "model", "width"}
 
 
 class TrainingDiverged(ScriptError):
@@ -53,7 +50,8 @@ def train(
     """Train as `args`, the flags of a training script, say, leaving below `args.output_dir`:
 
         PREFIX_checkpoint.pth  the last epoch, with all that resuming needs
-        PREFIX_best.pth        the epoch with the smallest certified error on the validation set
+        PREFIX_best.pth        the epoch with the smallest certified error on the validation set, its weights or, with
+                               --ema, their average
         PREFIX_epochs.csv      one row per epoch
 
     Model and both sets have to be on one device. Errors count an image as certified by the power-iteration estimate.
@@ -102,6 +100,9 @@ class _Run:
             skip_idle_masks=skip,
             factors=torch.bfloat16 if args.bfloat16 else None,
         )
+        if args.start_from:
+            load_weights(model, self._load(Path(args.start_from))["state_dict"], args.start_from)
+        self.averaged = AveragedModel(model, args.ema) if args.ema else None
         self.epoch = 0
         self.best_error = math.inf
         self.rows: list[dict[str, Any]] = []
@@ -110,11 +111,7 @@ class _Run:
         self.weights = loss_weights(self.images, args.batch_size, self.batches)[distributed.rank()]
         if args.resume:
             self._resume()
-        elif args.start_from:
-            load_weights(model, self._load(Path(args.start_from))["state_dict"], args.start_from)
-        loss = distributed.wrap(
-            RobustLoss(model, self.norms, args.opt_iter, args.gloro, args.sparse, args.sp_thres), args.ddp
-        )
+        loss = distributed.wrap(RobustLoss.from_arguments(model, self.norms, args), args.ddp)
         image, _, _ = next(training_set[:1].batches(1))
         layout = Layout.of(model, image, local_positions)
         with distributed.all_or_none():
@@ -149,16 +146,18 @@ class _Run:
     def _train_epoch(self, epoch: int, bar: tqdm) -> dict[str, Any]:
         bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}")
         self.step.loss.train()
-        lr = self.schedule.lr_at(epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         tally = Tally(self.device)
         non_finite = torch.full((), self.batches, device=self.device)  # first batch whose loss is not finite
         batches = self.training_set.batches(self.args.batch_size, self.shuffle, self.augment, self.batches)
         for batch, (x, y, indices) in enumerate(batches):
             moment = epoch + batch / self.batches
             epsilon, kappa = self.schedule.epsilon_at(moment), self.schedule.kappa_at(moment)
+            lr = self.schedule.lr_at(moment)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
             loss, logits, worst = self.step(x, y, indices, epsilon, kappa, self.weights[batch], self._has_box(epoch))
+            if self.averaged:
+                self.averaged.update()
             tally.add(loss, logits, worst, y)
             non_finite = torch.where(loss.isfinite(), non_finite, non_finite.clamp(max=batch))
             bar.update()
@@ -185,20 +184,24 @@ class _Run:
                 f"the last good checkpoint is untouched"
             )
 
-    @torch.no_grad()
     def _validate(self, box: bool) -> dict[str, float]:
-        self.model.eval()
+        found = self._errors(self.model.eval(), "validation", box)
+        return found | self._errors(self.averaged.model, "averaged", box) if self.averaged else found
+
+    @torch.no_grad()
+    def _errors(self, model: nn.Sequential, name: str, box: bool) -> dict[str, float]:
+        """Errors on the validation set, of this name."""
         tally = Tally(self.device)
         norms = PowerIteration(
             self.args.test_sniter, {}, self.norms.global_vectors, self.args.seed, skip_idle_masks=True
         )
         for x, y, _ in self.validation_set.batches(self.args.test_batch_size):
             norms.local_vectors = {}
-            bound = propagate(self.model, x, self.args.epsilon, norms, box=box)
+            bound = propagate(model, x, self.args.epsilon, norms, box=box)
             worst = worst_logits(bound, y, self.args.test_opt_iter)
             tally.add(torch.zeros_like(bound.radius[0]), bound.logits, worst, y)
         _, clean, certified = tally.of_all_processes().means()
-        return {"validation_clean_error": clean, "validation_certified_error": certified}
+        return {f"{name}_clean_error": clean, f"{name}_certified_error": certified}
 
     def _finish_epoch(self, epoch: int, row: dict[str, Any]) -> None:
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
@@ -207,18 +210,16 @@ class _Run:
             )
         self.epoch = epoch + 1
         self.rows.append(row)
-        error = row["validation_certified_error"]
-        is_best = error < self.best_error
-        self.best_error = min(error, self.best_error)
+        is_best = smallest_error(row) < self.best_error
+        self.best_error = min(smallest_error(row), self.best_error)
         shuffles = torch.stack(distributed.gather(self.shuffle.get_state()))
         with distributed.all_or_none():
             if distributed.is_main():
-                self.files.save(self._checkpoint(error, shuffles))
+                self.files.save(self._checkpoint(row["validation_certified_error"], shuffles))
         distributed.say(
             f"epoch {self.epoch}/{self.args.epochs}  epsilon {row['epsilon']:.4f}  lr {row['lr']:.2e}  "
             f"loss {row['loss']:.4f}  error: train clean {row['clean_error']:.2%} certified "
-            f"{row['certified_error']:.2%}, validation clean {row['validation_clean_error']:.2%} certified "
-            f"{error:.2%}{' (best)' if is_best else ''}  {row['seconds']:.1f} s"
+            f"{row['certified_error']:.2%}, {_validated(row, is_best)}  {row['seconds']:.1f} s"
         )
 
     def _checkpoint(self, error: float, shuffles: Tensor) -> dict[str, Any]:
@@ -230,6 +231,7 @@ class _Run:
             "global_vectors": self.norms.global_vectors,
             "shuffle": shuffles,  # one row per process
             "rows": self.rows,
+            **({"averaged": self.averaged.state()} if self.averaged else {}),
         }
 
     @staticmethod
@@ -246,11 +248,13 @@ class _Run:
         if missing:
             raise InputError(f"{self.files.checkpoint} cannot be resumed: it has no {', '.join(sorted(missing))}")
         try:
-            self._refuse_other_arguments(dict(checkpoint["arguments"]))
+            refuse_other_arguments(self.args, checkpoint["arguments"], self.files.checkpoint)
             load_weights(self.model, checkpoint["state_dict"], str(self.files.checkpoint))
+            if self.averaged:
+                self.averaged.load_state(checkpoint["averaged"], f"the average in {self.files.checkpoint}")
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.norms.global_vectors = {p: v.to(self.device) for p, v in checkpoint["global_vectors"].items()}
-            self.shuffle.set_state(self._own_shuffle(checkpoint["shuffle"]))
+            self.shuffle.set_state(own_shuffle(checkpoint["shuffle"]))
             self.epoch, self.best_error = int(checkpoint["epoch"]), float(checkpoint["best_error"])
             self.rows = list(checkpoint["rows"])
             best_epoch(self.rows)
@@ -260,22 +264,6 @@ class _Run:
             if distributed.is_main():
                 self.files.make_good(checkpoint)
         distributed.say(f"resuming after epoch {self.epoch} of {self.args.epochs}")
-
-    def _own_shuffle(self, shuffles: Tensor) -> Tensor:
-        shuffles = torch.atleast_2d(shuffles)
-        if len(shuffles) != distributed.processes():
-            raise ValueError(f"it ran in {len(shuffles)} processes, not {distributed.processes()}")
-        return shuffles[distributed.rank()].clone()  # a generator takes no view of a part of a tensor
-
-    def _refuse_other_arguments(self, saved: dict[str, Any]) -> None:
-        for name, value in vars(self.args).items():
-            if name not in _MAY_DIFFER and name in saved and saved[name] != value:
-                with_weights = "" if name in _OF_THE_NETWORK else f" --start_from {self.files.checkpoint}"
-                raise InputError(
-                    f"cannot resume {self.files.checkpoint}: it ran with --{name} {saved[name]}, not {value}; resume "
-                    f"with the same flags, or begin a run of another --prefix{with_weights}"
-                )
-        self.args.start_from = saved.get("start_from")
 
     def _make_room(self, layout: Layout) -> StoredVectors:
         """Room for one singular vector per image and layer."""
@@ -288,6 +276,18 @@ class _Run:
                 f"no room for the singular vectors of {len(self.training_set)} training images in each process: "
                 f"{first_line(error)}; local norms at fewer layers (--indices) or more machines would help"
             ) from None
+
+
+def _validated(row: dict[str, Any], is_best: bool) -> str:
+    """The errors of validation in words, of the weights and of their average if there is one."""
+    said, error = [], smallest_error(row)
+    for name in ("validation", "averaged"):
+        if f"{name}_certified_error" in row:
+            certified = row[f"{name}_certified_error"]
+            best = " (best)" if is_best and certified == error else ""
+            is_best = is_best and not best  # of equals the weights are kept
+            said.append(f"{name} clean {row[f'{name}_clean_error']:.2%} certified {certified:.2%}{best}")
+    return ", ".join(said)
 
 
 def _refuse_unknown_positions(indices: list[int] | None, model: nn.Sequential) -> None:

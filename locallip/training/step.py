@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -10,12 +11,12 @@ from torch import Tensor, nn
 
 from locallip import distributed
 from locallip.bound.layers import ReLU_x
-from locallip.bound.losses import bcp_loss, gloro_loss
 from locallip.bound.norms import Norms
 from locallip.bound.operators import Position
 from locallip.bound.power_iteration import PowerIteration
 from locallip.bound.walk import propagate
 from locallip.bound.worst_case import worst_logits, worst_margin
+from locallip.training.losses import LOSSES, Situation
 from locallip.training.vectors import StoredVectors
 
 
@@ -26,8 +27,10 @@ class RobustLoss(nn.Module):
         model: as for `propagate`.
         norms: where the bound's norms come from.
         rounds: of pinning for the worst-case logits.
-        gloro: GloRo loss instead of BCP loss.
-        sparse: weight of the sparsity term, added to either.
+        loss: a key of `LOSSES`.
+        weight: see `Loss`; None: its default.
+        radius: see `Situation`.
+        sparse: weight of the sparsity term, added to any loss.
         sparse_threshold: see `propagate`; without effect where `sparse` is 0.
     """
 
@@ -36,13 +39,22 @@ class RobustLoss(nn.Module):
         model: nn.Sequential,
         norms: Norms,
         rounds: int = 1,
-        gloro: bool = False,
+        loss: str = "bcp",
+        weight: float | None = None,
+        radius: float = 1.0,
         sparse: float = 0.0,
         sparse_threshold: float = 0.1,
     ):
         super().__init__()
-        self.model, self.norms, self.rounds, self.gloro, self.sparse = model, norms, rounds, gloro, sparse
+        self.model, self.norms, self.rounds, self.radius, self.sparse = model, norms, rounds, radius, sparse
+        self.loss, self.weight = LOSSES[loss], LOSSES[loss].weight if weight is None else weight
         self.sparse_threshold = sparse_threshold if sparse else None
+
+    @classmethod
+    def from_arguments(cls, model: nn.Sequential, norms: Norms, args: argparse.Namespace) -> RobustLoss:
+        """The loss that the flags of a training script name."""
+        chosen = args.loss, args.loss_weight, args.epsilon_train
+        return cls(model, norms, args.opt_iter, *chosen, sparse=args.sparse, sparse_threshold=args.sp_thres)
 
     def forward(
         self, x: Tensor, y: Tensor, epsilon: float, kappa: float, box: bool = True
@@ -54,11 +66,10 @@ class RobustLoss(nn.Module):
         sparse_threshold = self.sparse_threshold if box else None
         bound = propagate(self.model, x, epsilon, self.norms, sparse_threshold=sparse_threshold, box=box)
         worst = worst_logits(bound, y, self.rounds)
-        clean = bound.logits
-        loss = gloro_loss(clean, worst, y) if self.gloro else bcp_loss(clean, worst, y, kappa)
+        loss = self.loss.compute(Situation(bound, worst, y, epsilon, self.radius, kappa, self.weight))
         if bound.sparsity is not None:
             loss = loss + self.sparse * bound.sparsity
-        return loss, clean, worst
+        return loss, bound.logits, worst
 
 
 class Step:

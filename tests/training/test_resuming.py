@@ -69,7 +69,7 @@ def test_resuming_a_finished_run_changes_nothing(runs):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--lr", 0.1], ["--epochs", 5], ["--gloro"], ["--seed", 1], ["--val_split", 28], ["--width", 0.1]]
+    "flags", [["--lr", 0.1], ["--epochs", 5], ["--loss", "gloro"], ["--seed", 1], ["--val_split", 28], ["--width", 0.1]]
 )
 def test_resume_refuses_other_arguments(runs, flags):
     runs.train("--epochs", 1, "--rampup", 0)
@@ -77,6 +77,32 @@ def test_resume_refuses_other_arguments(runs, flags):
     with pytest.raises(InputError, match=flags[0]):
         runs.train("--epochs", 1, "--rampup", 0, *flags, "--resume")
     assert runs.contents() == before
+
+
+@pytest.mark.parametrize("flags", [["--lr_warmup", 0.5], ["--epsilon_schedule", "log"]])
+def test_a_run_from_before_there_was_a_flag_ran_without_it(runs, flags):
+    files = runs.train("--epochs", 1, "--rampup", 0)
+    checkpoint = checkpoints.load_checkpoint(files.checkpoint)
+    del checkpoint["arguments"][flags[0][2:]]
+    checkpoints.save_checkpoint(files.checkpoint, checkpoint)
+    runs.train("--epochs", 1, "--rampup", 0, "--resume")
+    with pytest.raises(InputError, match=flags[0]):
+        runs.train("--epochs", 1, "--rampup", 0, *flags, "--resume")
+
+
+@pytest.mark.parametrize("gloro", [False, True])
+def test_the_loss_of_a_run_from_before_there_was_a_choice_is_known(runs, gloro):
+    one_epoch, own, other = ["--epochs", 1, "--rampup", 0], [], ["--gloro"]
+    if gloro:
+        own, other = other, own
+    files = runs.train(*one_epoch, *own)
+    checkpoint = checkpoints.load_checkpoint(files.checkpoint)
+    del checkpoint["arguments"]["loss"], checkpoint["arguments"]["loss_weight"]
+    checkpoint["arguments"]["gloro"] = gloro
+    checkpoints.save_checkpoint(files.checkpoint, checkpoint)
+    runs.train(*one_epoch, *own, "--resume")
+    with pytest.raises(InputError, match="--loss"):
+        runs.train(*one_epoch, *other, "--resume")
 
 
 def test_a_refused_resume_names_the_run_to_begin_instead(runs):

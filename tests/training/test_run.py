@@ -14,6 +14,7 @@ from locallip.bound.walk import propagate
 from locallip.files import InputError
 from locallip.training import run as training_run
 from locallip.training import step as training_step
+from locallip.training.losses import LOSSES, Loss
 from locallip.training.run import TrainingDiverged
 
 
@@ -28,16 +29,48 @@ def watch_bounds(monkeypatch, look):
         monkeypatch.setattr(module, "propagate", look_and_propagate)
 
 
-@pytest.mark.parametrize("loss", [[], ["--gloro"]], ids=["bcp", "gloro"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_training_lowers_the_loss_and_logs_every_epoch(runs, loss):
     # At a constant epsilon and loss, so that the epochs can be compared.
-    log = runs.train(*loss, "--rampup", 0, "--lr_scheduler", "constant").log
+    log = runs.train("--loss", loss, "--rampup", 0, "--lr_scheduler", "constant").log
     assert [row["epoch"] for row in read_csv(log)] == ["1", "2", "3", "4"]
     assert losses(log)[-1] < losses(log)[0]
 
 
-def test_bcp_and_gloro_are_different_losses(runs):
-    assert losses(runs.train(name="bcp").log)[0] != losses(runs.train("--gloro", name="gloro").log)[0]
+def test_the_losses_are_different_ones(runs):
+    short = ["--epochs", 1, "--rampup", 0]
+    found = {name: losses(runs.train(*short, "--loss", name, name=name).log)[0] for name in LOSSES}
+    assert len({*found.values()}) == len(LOSSES)
+    assert losses(runs.train(*short, name="default").log)[0] == found["bcp"]
+    assert losses(runs.train(*short, "--gloro", name="short form").log)[0] == found["gloro"]
+
+
+@pytest.mark.parametrize("loss", ["gloro-kl", "margin", "cll"])
+def test_a_weight_is_the_default_of_its_loss_unless_another_is_given(runs, loss):
+    short = ["--epochs", 1, "--rampup", 0, "--loss", loss]
+    default, same, other = (
+        losses(runs.train(*short, *weight, name=str(number)).log)[0]
+        for number, weight in enumerate([[], ["--loss_weight", LOSSES[loss].weight], ["--loss_weight", 0.7]])
+    )
+    assert default == same != other
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--loss", "hinge"], "invalid choice: 'hinge'"),
+        (["--loss", "margin", "--gloro"], "not allowed with argument --loss"),
+        (["--loss_weight", 1], "--loss bcp has no --loss_weight; those that have one are gloro-kl, margin, cll"),
+        (["--loss", "cll", "--loss_weight", 1], "must be smaller than 1, got 1"),
+        (["--loss", "gloro-kl", "--loss_weight", 0], "must be greater than 0"),
+        (["--loss", "gloro-kl", "--loss_weight", "nan"], "must be a finite number"),
+        (["--loss", "cll", "--epsilon_train", 0], "--epsilon_train, which must be greater than 0"),
+    ],
+)
+def test_a_loss_that_cannot_be_is_refused_in_one_line(call, flags, complaint):
+    answer = call("train_mnist", *flags)
+    assert (answer.code, len(answer.err.splitlines())) == (2, 1)
+    assert complaint in answer.err
 
 
 def test_the_log_follows_the_schedule(runs):
@@ -46,6 +79,20 @@ def test_the_log_follows_the_schedule(runs):
     assert [float(row["kappa"]) for row in rows] == [0.5, 0, 0, 0]
     assert [float(row["lr"]) for row in rows[:2]] == [5e-3, 5e-3]
     assert float(rows[-1]["lr"]) == pytest.approx(5e-6)
+
+
+def test_a_linear_rate_falls_from_step_to_step(runs, monkeypatch):
+    rates, step = [], training_step.Step.__call__
+
+    def record(self, *given):
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        return step(self, *given)
+
+    monkeypatch.setattr(training_step.Step, "__call__", record)
+    rows = read_csv(runs.train("--lr_scheduler", "linear", "--end_lr", 0.001, "--lr_warmup", 1).log)
+    expected = [5e-3 * min(1, step / 4) - 4e-3 * max(0, step - 4) / 12 for step in range(16)]  # 4 batches an epoch
+    assert rates == pytest.approx(expected)
+    assert [float(row["lr"]) for row in rows] == rates[3::4]
 
 
 def test_epsilon_rises_from_batch_to_batch(runs, monkeypatch):
@@ -136,12 +183,12 @@ def test_overwrite_starts_afresh(runs):
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(runs, monkeypatch):
     runs.train_until(1)
     before = runs.contents()
-    bcp_loss, batches = training_step.bcp_loss, iter(range(1, 5))
+    bcp, batches = LOSSES["bcp"], iter(range(1, 5))
 
-    def nan_in_batch_3(*arguments):
-        return bcp_loss(*arguments) * (math.nan if next(batches) == 3 else 1)
+    def nan_in_batch_3(situation):
+        return bcp.compute(situation) * (math.nan if next(batches) == 3 else 1)
 
-    monkeypatch.setattr(training_step, "bcp_loss", nan_in_batch_3)
+    monkeypatch.setitem(LOSSES, "bcp", Loss(nan_in_batch_3))
     with pytest.raises(TrainingDiverged, match=r"epoch 2, batch 3, at epsilon 0\.225;"):
         runs.train("--resume")
     assert runs.contents() == before

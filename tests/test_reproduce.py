@@ -1,0 +1,108 @@
+"""A row of the table from end to end: what is planned, what is done, what is refused."""
+
+import copy
+import json
+
+import pytest
+from conftest import TINY, spawn
+
+import reproduce
+import utils
+from locallip.files import InputError
+from locallip.training.pace import seconds_per_epoch
+
+JOB = "mnist-4c3f-maxmin"
+# 10 s an epoch, 0.1 s a test image.
+FULL = reproduce.Plan(300, 300, 1.0, 3000.0, 1000.0, 10_000, 2000)
+
+
+def test_a_plan_that_fits_keeps_schedule_and_test_set():
+    plan = FULL.within(minutes=200)
+    assert (plan.epochs, plan.scale, plan.images) == (300, 1.0, 10_000)
+    assert (plan.training_seconds, plan.evaluation_seconds) == (3000, 1000)
+
+
+def test_a_quarter_of_the_minutes_goes_to_the_evaluation_and_the_rest_to_whole_epochs():
+    plan = FULL.within(minutes=21)  # one of them starts programs
+    assert (plan.evaluation_seconds, plan.images) == (300, 3000)
+    assert (plan.epochs, plan.training_seconds, plan.scale) == (90, 900, 0.3)
+    assert plan.power_iterations == 100
+
+
+@pytest.mark.parametrize("minutes", [3, 10, 47.3, 66])
+def test_no_plan_takes_longer_than_it_may(minutes):
+    plan = FULL.within(minutes)
+    assert 60 + plan.training_seconds + plan.evaluation_seconds <= 60 * minutes
+    assert round(300 * plan.scale) == plan.epochs
+    assert plan.images >= 500
+
+
+def test_a_plan_scales_what_was_scaled():
+    assert reproduce.Plan(30, 30, 0.1, 300.0, 1000.0, 10_000, 2000).within(minutes=5).scale == pytest.approx(0.06)
+
+
+def test_too_little_time_is_refused_with_how_much_it_takes():
+    with pytest.raises(InputError, match="two epochs and their evaluation take 2 minutes here"):
+        FULL.within(minutes=1.5)
+
+
+@pytest.mark.parametrize("box", [False, True])
+def test_measuring_an_epoch_leaves_the_network_as_it_is(digits, tiny_net, tmp_path, box):
+    flags = [*map(str, TINY), "--batch_size", "16", "--test_sniter", "2", "--output_dir", str(tmp_path / "runs")]
+    args = utils.training_arguments("", utils.data_sets("mnist"), utils.RECIPES["mnist"].defaults, flags)
+    before = copy.deepcopy(tiny_net.state_dict())
+    seconds = seconds_per_epoch(tiny_net, digits[True][:960], digits[False][:160], args, box)
+    assert seconds > 0
+    assert all((before[name] == value).all() for name, value in tiny_net.state_dict().items())
+    assert list(tmp_path.iterdir()) == []
+
+
+SHORT = """
+import reproduce, sys
+from locallip.files import run_script
+reproduce.plan_of = lambda run, args: reproduce.Plan(2, 300, 2 / 300, 2.0, 1.0, 8, 5)
+run_script(reproduce.main)
+"""
+
+
+def test_a_row_is_trained_evaluated_and_set_beside_the_papers(tmp_path):
+    flags = [JOB, *TINY, "--output_dir", tmp_path]
+    answer = spawn("-c", SHORT, *flags)
+    shown = answer.out
+    assert answer.code == 0, answer.err
+    assert "2 of 300 epochs" in shown
+    assert f"| `{JOB}` |" in shown.splitlines()[-1]
+    assert "first 8 images" in shown.splitlines()[-1]
+    report = tmp_path / "results" / JOB
+    summaries = [json.loads((report / kind / "summary.json").read_text()) for kind in ("proven", "estimate")]
+    assert [summary["images"] for summary in summaries] == [8, 8]
+    assert summaries[0]["checkpoint"]["training"]["epochs"] == 2
+    assert (tmp_path / "maxmin" / "mnist_4C3F_maxmin_best.pth").is_file()
+
+    again = spawn("-c", SHORT, *flags)
+    assert again.code == 2
+    assert "exists; choose another --prefix, or --resume, or --overwrite" in again.err
+    assert spawn("-c", SHORT, *flags, "--resume").code == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--resume"], "there is nothing to resume"),
+        (["--resume", "--overwrite"], "exclude each other"),
+        (["--resume", "--minutes", 5], "drop --minutes"),
+        (["--minutes", 0], "must be greater than 0"),
+        (["--colour", "red"], "unrecognized arguments: --colour red"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_any_work(call, monkeypatch, tmp_path, flags, said):
+    monkeypatch.setattr(reproduce, "plan_of", lambda run, args: pytest.fail("it was measured"))
+    answer = call("reproduce", JOB, *TINY, "--output_dir", tmp_path, *flags)
+    assert (answer.code, said in answer.err, answer.err.count("\n")) == (2, True, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plan_is_measured_for_real(tmp_path):
+    answer = spawn("reproduce.py", JOB, *TINY, "--minutes", 0.01, "--output_dir", tmp_path)
+    assert answer.code == 2
+    assert "two epochs and their evaluation take" in answer.err
