@@ -126,7 +126,7 @@ def certify(
     random numbers a norm meets. Neither the network nor x is changed.
 
     Whole norms are kept for later calls on the same weights (see `kept_norms`). Milliseconds an image by the product
-    (by the dual) of two convolutions of 8 and 16 channels on 28x28 pixels and two dense layers, untrained, one thread of
+    (by the dual) of two convolutions of 8 and 16 channels on 28x28 and two dense layers, untrained, one thread of
     an EPYC (Zen 4): alone 340 the first time, then 7 (7) where the global norms decide, 20 (34) at epsilon 0.01 and
     26 (89) at 0.05; in a call with a hundred 0.5 (0.5), 2 (7) and 7 (33).
 
