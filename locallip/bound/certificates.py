@@ -68,7 +68,7 @@ def local_lipschitz(
 
     Arguments and errors are those of `certify`, which also says what `certificate` means; here one logit is enough.
     """
-    graph = _checked(model, x, certificate, failure_probability)
+    graph = checked(model, x, certificate, failure_probability)
     refuse_epsilon(epsilon, x)
     asked = _prepare(model, graph, x, certificate, failure_probability)
     radii = asked.radii(epsilon, x)
@@ -105,7 +105,8 @@ def certify(
 ) -> Tensor:
     """Whether the label y is the network's answer on the whole epsilon-ball around x: (N,) bool.
 
-    A tie, a NaN and an image that is not finite count as no.
+    A tie, a NaN and an image that is not finite count as no. `locallip.verify` says more, and attacks what is not
+    certified.
 
     Args:
         model: as for `propagate`; it is not changed. The certificate is for the function that its weights define in
@@ -137,7 +138,7 @@ def certify(
         ImportError: for a bar without tqdm.
     """
     refuse_effort(effort)
-    graph = _checked(model, x, certificate, failure_probability)
+    graph = checked(model, x, certificate, failure_probability)
     refuse_labels(y, x, graph.classes)
     refuse_epsilon(epsilon, x)
     asked = _prepare(model, graph, x, certificate, failure_probability)
@@ -170,7 +171,7 @@ def certified_radius(
     """
     refuse_effort(effort)
     refuse_search(tolerance, limit)
-    graph = _checked(model, x, certificate, failure_probability)
+    graph = checked(model, x, certificate, failure_probability)
     refuse_classes(graph.classes)
     if y is not None:
         refuse_labels(y, x, graph.classes)
@@ -245,7 +246,7 @@ class _Asked:
         return in_pieces(about, len(x), self.at_a_time, x.device, progress)
 
 
-def _checked(model: nn.Module, x: Tensor, certificate: str | Norms, failure_probability: float) -> Graph:
+def checked(model: nn.Module, x: Tensor, certificate: str | Norms, failure_probability: float) -> Graph:
     """The graph of a network that these arguments fit; nothing is computed."""
     refuse_model(model)
     refuse_certificate(certificate)
@@ -266,10 +267,15 @@ def _prepare(
         return _Asked(graph, certificate, x.dtype, at_a_time, fresh=False)
     if certificate == "estimate":
         return _Asked(graph, PowerIteration(_ITERATIONS), x.dtype, at_a_time, fresh=True)
-    model, image = copy.deepcopy(model).double(), x[:1].double()
+    model, image = in_float64(model), x[:1].double()
     # One more radius for the last layer's norms.
     norms = proven_norms(model, image, len(x), failure_probability, radii + 1, kept=KEPT)
     return _Asked(Graph.of(model), norms.with_steps(LANCZOS_STEPS[-1]), torch.float64, at_a_time, fresh=True)
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """A copy of a network in float64."""
+    return copy.deepcopy(model).double()
 
 
 def _certified(asked: _Asked, x: Tensor, y: Tensor, epsilon: Tensor, effort: str) -> Tensor:

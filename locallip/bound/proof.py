@@ -90,6 +90,7 @@ class Proof:
         stage: (N,) which stage decided; as many as there are stages where none did.
         stages: their names.
         seconds: wall time of each.
+        point: (N, ...) where an attack changed the label, NaN elsewhere; None: no stage looked for one.
     """
 
     logits: Tensor
@@ -101,6 +102,7 @@ class Proof:
     stage: Tensor
     stages: tuple[str, ...]
     seconds: list[float]
+    point: Tensor | None = None
 
     @property
     def decided(self) -> list[int]:
@@ -174,14 +176,11 @@ def decide(
             answer = stage.ask(question, carried)
         seconds[number] = time.perf_counter() - started
         for name, column in answer.columns.items():
-            known.setdefault(name, column.clone())[places] = column
-        settled = answer.settled
-        if isinstance(stage, DualStage):
-            settled = known["worst_margin"][places] > 0
-        else:
+            known.setdefault(name, column.new_full((len(x), *column.shape[1:]), torch.nan))[places] = column
+        if answer.global_hidden_lipschitz is not None:
             global_lipschitz = answer.global_hidden_lipschitz
-        decided_by[places[settled]] = number
-        left = (~settled).nonzero().squeeze(1)
+        decided_by[places[answer.settled]] = number
+        left = (~answer.settled).nonzero().squeeze(1)
         places, question = places[left], question.take(left)
         carried = answer.carried and answer.carried.take(left)
     return Proof(
