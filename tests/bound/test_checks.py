@@ -10,7 +10,7 @@ import torch
 from oracles import CLASSES, IMAGES, ExactNorms, images, settled
 from torch import nn
 
-from local_bound import Normalize, PowerIteration, certified_radius, certify, local_lipschitz, propagate
+from local_bound import Normalize, PowerIteration, certified_radius, certify, local_lipschitz, propagate, verify
 from locallip.bound import certificates
 from locallip.bound.activations import Activation, Elementwise
 from locallip.bound.layers import ClampGroupSort, ReLU_x
@@ -56,6 +56,7 @@ ASK = {
     "local_lipschitz": lambda model, x, y, epsilon: local_lipschitz(model, x, epsilon),
     "local_lipschitz, estimated": lambda model, x, y, epsilon: local_lipschitz(model, x, epsilon, "estimate"),
     "propagate": lambda model, x, y, epsilon: propagate(model, x, epsilon, PowerIteration(3)),
+    "verify": verify,
     "prove": asked_for_a_proof,
     "decide": decided,
 }
@@ -184,7 +185,7 @@ def test_what_are_no_images_is_refused(ask, name):
     refused(kind, match, ask, dense(), change(x), labels(x), 0.1)
 
 
-@pytest.mark.parametrize("ask", [name for name in CHECKED_MODELS if name not in CONVERTING])
+@pytest.mark.parametrize("ask", [name for name in CHECKED_MODELS if name not in (*CONVERTING, "verify")])
 def test_images_of_another_precision_than_the_weights_are_refused_where_they_are_not_converted(ask):
     x = images(12).float()
     refused(TypeError, r"images are torch.float32, the weights torch.float64.*x.to", ask, dense(), x, labels(x), 0.1)
