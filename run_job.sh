@@ -34,7 +34,8 @@ Usage: bash run_job.sh JOB [ARGUMENTS ...]
   test-oldest           the same with the oldest supported packages, in an environment of their own
   falsify PREFIX        try to break proven certificates of a checkpoint: many attacks on margins and slopes
   bench                 time one training step of every recipe beside a plain step
-  bench-proof PREFIX    what a proven certificate of a checkpoint costs beside the published protocol
+  bench-proof [PREFIX]  what a proof of a checkpoint, or of all committed ones, costs beside the published protocol
+  bench-rivals          the dual beside CROWN and alpha-CROWN on a plainly trained network, in an environment of its own
   table                 put the reports below results/JOB/ beside the paper's values, in the README too
   tinyimagenet-data     fetch Tiny ImageNet (237 MB), or unpack the archive that is named
 
@@ -80,7 +81,16 @@ case $job in
     falsify) need_prefix "$@"; set_up; "$PYTHON" falsify.py --out results/falsify --saved_model "$@" ;;
     reproduce) set_up; "$PYTHON" reproduce.py "$@" ;;
     bench) set_up; "$PYTHON" benchmarks/training_step.py "$@" ;;
-    bench-proof) need_prefix "$@"; set_up; "$PYTHON" benchmarks/certification.py --saved_model "$@" ;;
+    bench-proof)
+        set_up
+        if [[ ${1:--} != -* ]]; then set -- --saved_model "$@"; fi
+        "$PYTHON" benchmarks/certification.py "$@" ;;
+    bench-rivals)
+        if [ -z "${PYTHON:-}" ]; then
+            set_up .venv-rivals benchmarks/requirements-rivals.txt
+            "$PYTHON" -m pip install --quiet --no-deps auto_LiRPA==0.3
+        fi
+        "$PYTHON" benchmarks/rivals.py "$@" ;;
     table) set_up; "$PYTHON" table.py "$@" ;;
     tinyimagenet-data) fetch=$PWD/TinyImagenet/data/tinyimagenet.sh; cd "$called_from"; bash "$fetch" "$@" ;;
     help | -h | --help) jobs ;;

@@ -275,7 +275,7 @@ def listing() -> str:
 
 def main() -> None:
     words = sys.argv[1:]
-    if not words:
+    if words in ([], ["--help"], ["-h"]):
         print(listing())
     elif words[0] == "command" and len(words) > 1:
         try:

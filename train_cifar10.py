@@ -1,4 +1,4 @@
-"""Train a certifiably robust network on CIFAR-10. The defaults are the paper's run; `--help` lists the flags."""
+"""Train a certifiably robust network on CIFAR-10. `bash run_job.sh` lists the published runs."""
 
 import utils
 from locallip.files import run_script

@@ -283,7 +283,7 @@ def training_arguments(
         raise InputError(f"--lr_warmup {args.lr_warmup:g} leaves none of {args.epochs} epochs; lower it")
     if args.epochs < max(1, args.warmup + args.rampup):
         raise InputError(
-            f"{args.epochs} epochs are shorter than warm-up and ramp-up ({args.warmup} + {args.rampup}); "
+            f"--epochs {args.epochs} is less than warm-up and ramp-up ({args.warmup} + {args.rampup}); "
             f"lower --warmup and --rampup too, or shorten all with --scale"
         )
     return args

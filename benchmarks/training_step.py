@@ -9,12 +9,10 @@ is for a fresh network at the recipe's largest radius; training lies between the
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import ctypes
 import gc
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Callable
@@ -30,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 import utils
-from benchmarks.certification import refuse_existing, timed
+from benchmarks.certification import processor, refuse_existing, timed
 from data_load import DATA_SETS
 from local_bound import propagate, prove
 from locallip import devices, distributed, flags
@@ -228,7 +226,7 @@ def main() -> None:
     for number, job in enumerate(options.recipes, start=1):
         print(f"{number} of {len(options.recipes)}: {job}", file=sys.stderr, flush=True)
         results.append(measure(job, device, options))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = processor(device)
     figures = {
         "device": name,
         "threads": torch.get_num_threads(),
@@ -242,13 +240,6 @@ def main() -> None:
     print(table(results))
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(figures, indent=2) + "\n"))
     print(f"\n{path}")
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from typing import NoReturn
 
 from locallip.files import InputError, expand_home, fail
@@ -37,17 +38,24 @@ def path(text: str) -> str:
 
 
 def positive_int(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
 
 
 def natural_int(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
     return value
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got '{text}'") from None
 
 
 def seed(text: str) -> int:
@@ -58,14 +66,19 @@ def seed(text: str) -> int:
 
 
 def natural_float(text: str) -> float:
-    value = float(text)
+    """A finite number of at least 0, such as 0.5, 1e-3 or 36/255."""
+    numerator, slash, denominator = text.partition("/")
+    try:
+        value = float(numerator) / (float(denominator) if slash else 1)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"must be a number such as 0.5 or 36/255, got '{text}'") from None
     if not (value >= 0 and math.isfinite(value)):
         raise argparse.ArgumentTypeError(f"must be a finite number >= 0, got {text}")
     return value
 
 
 def probability(text: str) -> float:
-    value = float(text)
+    value = natural_float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
     return value
@@ -87,7 +100,6 @@ def scale(text: str) -> float:
 
 def positions(text: str) -> list[int]:
     """Positions in a network, separated by commas."""
-    try:
-        return sorted({natural_int(part) for part in text.split(",")})
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be whole numbers with commas between, got '{text}'") from None
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"must be whole numbers with commas between, got '{text}'")
+    return sorted({int(part) for part in text.split(",")})

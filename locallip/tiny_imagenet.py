@@ -26,7 +26,7 @@ from locallip.files import InputError, first_line, write_atomically
 
 FOLDER = "tiny-imagenet-200"
 SHAPE = (3, 64, 64)
-HINT = "`bash TinyImagenet/data/tinyimagenet.sh` fetches and unpacks the archive"
+HINT = "`bash run_job.sh tinyimagenet-data` fetches and unpacks the archive"
 # Folders beside the data that are not hidden: of archives from macOS, and of Synology's file server.
 _NO_DATA = {"__MACOSX", "@eaDir"}
 # Changes with the layout of the cache, so that one of another layout is rebuilt.

@@ -1,7 +1,5 @@
-"""The attacks on certificates, and the benchmark of their cost, on an untrained tiny net."""
+"""The attacks on certificates, on an untrained tiny net."""
 
-import json
-import math
 from dataclasses import replace
 
 import matplotlib.image
@@ -123,66 +121,3 @@ def test_descent_breaks_a_linear_net_just_beyond_its_margin():
     for epsilon, breaks in ((0.21, True), (0.19, False)):
         step = descend(net, x, y, torch.tensor([epsilon]).double())
         assert (margins(net(x + step), y).amin() < 0).item() == breaks
-
-
-def test_the_benchmark_prints_and_writes_both_costs(call, saved_net, tmp_path):
-    path = tmp_path / "figures.json"
-    flags = [*TINY, "--saved_model", saved_net, "--epsilon", 0.01, "--images", 32, "--test_sniter", 20]
-    answer = call("benchmarks.certification", *flags, "--json", path)
-    assert answer.code == 0
-    figures = json.loads(path.read_text())
-    assert figures["images"] == figures["sample"] == 32
-    assert math.isclose(
-        figures["published_over_proven"], figures["published_seconds_scaled"] / figures["proven_seconds"]
-    )
-    assert 0 <= figures["proven_percent"] <= 100
-    assert "times as long" in answer.out
-
-
-def test_the_step_benchmark_prints_and_writes_its_recipes(call, tmp_path):
-    path = tmp_path / "figures.json"
-    chosen = {"mnist-4c3f": 256, "tinyimagenet-8c2f-maxmin": 8}
-    flags = [
-        "--recipes",
-        *chosen,
-        "--width",
-        0.05,
-        "--repeats",
-        1,
-        "--device",
-        "cpu",
-        "--compile",
-        "no",
-        "--certified_images",
-        2,
-        "--bfloat16",
-    ]
-    answer = call("benchmarks.training_step", *flags, "--json", path)
-    assert answer.code == 0, answer.err
-    recipes = {recipe["recipe"]: recipe for recipe in json.loads(path.read_text())["recipes"]}
-    assert all(f"`{name}`" in answer.out for name in recipes)
-    assert {name: recipe["batch_size"] for name, recipe in recipes.items()} == chosen
-    for recipe in recipes.values():
-        assert recipe["stored_bytes"] > 0
-        for kind in ("all", "idle skipped", "bfloat16"):
-            ratio = recipe[kind]["milliseconds"] / recipe["plain"]["milliseconds"]
-            assert math.isclose(recipe[kind]["over_plain"], ratio)
-
-
-@pytest.mark.parametrize("benchmark", ["certification", "training_step"])
-def test_a_benchmark_replaces_its_figures_only_when_asked(benchmark, call, saved_net, tmp_path):
-    path = tmp_path / "figures.json"
-    path.write_text("of a long run")
-    flags = {
-        "certification": [*TINY, "--saved_model", saved_net, "--epsilon", 0.01, "--images", 2, "--test_sniter", 2],
-        "training_step": ["--recipes", "mnist-4c3f", "--width", 0.05, "--repeats", 1, "--device", "cpu"],
-    }[benchmark]
-    answer = call(f"benchmarks.{benchmark}", *flags, "--json", path)
-    assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1)
-    assert "--overwrite" in answer.err
-    assert path.read_text() == "of a long run"
-    quick = ["--compile", "no", "--certified_images", 1] if benchmark == "training_step" else []
-    answer = call(f"benchmarks.{benchmark}", *flags, *quick, "--json", path, "--overwrite")
-    assert answer.code == 0, answer.err
-    assert json.loads(path.read_text())["torch"] == torch.__version__
-    assert [file.name for file in tmp_path.iterdir() if file.suffix == ".json"] == ["figures.json"]

@@ -91,9 +91,13 @@ BAD_TRAINING_FLAGS = [
     (["--epsilon_train", "-0.1"], "--epsilon_train"),
     (["--epsilon_train", "nan"], "--epsilon_train"),
     (["--epochs", "0"], "--epochs"),
-    (["--epochs", "10"], "10 epochs are shorter"),  # than the default ramp-up
-    (["--epochs", "10", "--warmup", "6", "--rampup", "5"], "10 epochs are shorter"),
-    (["--scale", "0.001"], "epochs are shorter"),
+    (["--epsilon", "36/"], "must be a number such as 0.5 or 36/255, got '36/'"),
+    (["--epsilon", "1/0"], "must be a number such as 0.5 or 36/255, got '1/0'"),
+    (["--width", "abc"], "must be a number such as 0.5 or 36/255, got 'abc'"),
+    (["--epochs", "1.5"], "must be a whole number, got '1.5'"),
+    (["--epochs", "10"], "--epochs 10 is less than warm-up and ramp-up"),  # than the default ramp-up
+    (["--epochs", "10", "--warmup", "6", "--rampup", "5"], "--epochs 10 is less than warm-up and ramp-up"),
+    (["--scale", "0.001"], "is less than warm-up and ramp-up"),
     (["--scale", "nan"], "--scale"),
     (["--scale", "1e307"], "--scale"),
     (["--prefix", "/"], "--prefix"),
@@ -104,7 +108,7 @@ BAD_TRAINING_FLAGS = [
     (["--lr", "0"], "--lr"),
     (["--lr", "inf"], "--lr"),
     (["--batch_size", "0"], "--batch_size"),
-    (["--lr_scheduler", "linear"], "linear"),
+    (["--lr_scheduler", "stepwise"], "stepwise"),
     (["--val_split", "-1"], "--val_split"),
     (["--val_split", "128"], "leaves none"),
     (["--resume"], "exclude each other"),  # beside --overwrite
@@ -293,7 +297,7 @@ def test_a_data_folder_below_a_file_is_refused(evaluation_refused, saved_net):
 
 def test_the_training_script_refuses_a_schedule_that_does_not_fit(tmp_path):
     answer = spawn("train_mnist.py", *TINY, "--output_dir", tmp_path / "runs", "--epochs", 3)
-    assert_refused(answer, "3 epochs are shorter")
+    assert_refused(answer, "--epochs 3 is less than")
     assert list(tmp_path.iterdir()) == []
 
 

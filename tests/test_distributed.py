@@ -296,4 +296,4 @@ def test_bad_input_of_several_processes_is_one_line(tmp_path):
     answer = launch(2, "train_mnist.py", *TINY, "--output_dir", tmp_path, "--epochs", 3)
     assert answer.code != 0
     assert len(re.findall(r"^error: ", answer.err, re.M)) == 1
-    assert "error: rank 0: 3 epochs are shorter" in answer.err
+    assert "error: rank 0: --epochs 3 is less than" in answer.err

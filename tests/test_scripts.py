@@ -135,7 +135,7 @@ JOBS = {
     "evaluate-tinyimagenet-8c2f-maxmin": f"{FOUR} TinyImagenet/evaluate_tinyimagenet.py --model tiny_clmaxmin "
     "--saved_model pretrained/maxmin/tiny_8C2F_maxmin",
 }
-OTHER_JOBS = {"demo", "test", "test-oldest", "bench", "table", "tinyimagenet-data"}
+OTHER_JOBS = {"demo", "test", "test-oldest", "bench", "bench-rivals", "table", "tinyimagenet-data"}
 
 
 @pytest.fixture
@@ -204,7 +204,10 @@ def test_training_and_evaluation_agree_on_the_net_and_its_prefix(run_job, model)
     assert evaluated["--saved_model"] == [f"pretrained/{trained['--prefix'][0]}"]
 
 
-@pytest.mark.parametrize(("job", "script"), [("demo", "train_mnist.py"), ("test", "-m"), ("table", "table.py")])
+@pytest.mark.parametrize(
+    ("job", "script"),
+    [("demo", "train_mnist.py"), ("test", "-m"), ("table", "table.py"), ("bench-rivals", "benchmarks/rivals.py")],
+)
 def test_the_other_jobs_start_their_scripts(run_job, job, script):
     assert run_job(job).out.splitlines()[0] == script
 
@@ -214,6 +217,14 @@ def test_falsification_starts_with_the_prefix_of_a_checkpoint_and_is_refused_wit
     assert run_job("falsify", "runs/net", "--device", "cpu").out.splitlines() == words
     answer = run_job("falsify")
     assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1)
+
+
+def test_the_benchmark_of_proofs_takes_prefixes_or_flags_alone(run_job):
+    script, *words = run_job("bench-proof", "runs/net", "runs/other", "--images", "8").out.splitlines()
+    assert script == "benchmarks/certification.py"
+    assert words == ["--saved_model", "runs/net", "runs/other", "--images", "8"]
+    assert run_job("bench-proof", "--images", "8").out.splitlines() == [script, "--images", "8"]
+    assert run_job("bench-proof").out.splitlines() == [script]
 
 
 def test_a_python_that_does_not_suit_is_refused_before_anything_is_made(tmp_path):

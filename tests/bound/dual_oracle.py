@@ -66,7 +66,7 @@ def best_of_pair(z, low, high, unit, box):
 
     def terms(d):
         change = activation("pairs", np.array([low]), np.array([high]), z + d) - outputs
-        return float(a @ change - g @ d - mu / 2 * ((d - t) @ (d - t)) + nu / 2 * ((change - c) @ (change - c)))
+        return a @ change - g @ d - mu / 2 * ((d - t) @ (d - t)) + nu / 2 * ((change - c) @ (change - c))
 
     best = -math.inf
     (lo_a, hi_a), (lo_b, hi_b) = box
@@ -100,7 +100,7 @@ def best_of_pair(z, low, high, unit, box):
                 continue
             x = min(max((pull_x + pull_y + q_y * gap) / (q_x + q_y), lo_x), hi_x)
             y = x - gap
-        step = np.empty(2)
+        step = np.empty(2, dtype=z.dtype)
         step[larger], step[smaller] = x, y
         best = max(best, terms(step))
     return best

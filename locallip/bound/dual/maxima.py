@@ -13,15 +13,15 @@ the same way.
 Everything is written in differences to x, in which no digits cancel: steps, changes and the distances of x from the
 breakpoints are all good to a relative u, the unit roundoff. So what is computed is the maximum for breakpoints moved,
 and for coefficients changed, by a few u of themselves. With D the length of the step at a candidate (of both steps of a
-pair), T = (|a| + |g|) D + mu/2 (D + |t|)^2 + nu/2 (D + |c|)^2 and S the sum of the absolute values from which the top
-of the parabola is computed, the exact maximum exceeds that of the computed candidates by at most
+pair), T = (|a| + |g|) D + mu (D + |t|)^2 + nu (D + |c|)^2 and S the sum of the absolute values from which the top of
+the parabola is computed, the exact maximum exceeds that of the computed candidates by at most
 
     k u T + (k u S)^2 / (mu - nu)
 
 for a small k: the first term is the evaluation and the change of the coefficients, the second the distance from the
-top, which a parabola punishes quadratically. It needs mu - nu >= 1e-6 mu, so that a piece whose end lies far beyond its
-best point has lost there more than the end can be moved for. `roundoff` adds this to every candidate, with a k that
-leaves ample room, before the best is chosen.
+top, which a parabola punishes quadratically. The argument, with its constants, is in docs/dual.md ("Rounding in the
+maxima"); it needs mu - nu >= 1e-9 mu. `roundoff` adds this to every candidate, with a k that leaves ample room, before
+the best is chosen.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# k above: a candidate takes some 30 operations, four times that for a pair.
+# k above. At most 64 u T + 9,500 u^2 S^2 / (mu - nu) is needed.
 _OPERATIONS = 256
 
 

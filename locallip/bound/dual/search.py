@@ -1,7 +1,8 @@
 """Good multipliers for the dual, in float32: gradient descent from the first guess, question by question.
 
-No proof depends on what happens here. Questions are handled together, and each leaves as soon as its bound is below its
-margin.
+No proof depends on what happens here, nor on the precision of the products: a GPU that is set to TF32 may find less,
+and `proof` then says so in float64. Questions are handled together, and each leaves as soon as its bound is below its
+margin, or gets there too slowly.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from locallip.bound.dual.value import Evaluation, Multipliers, evaluate, gradien
 # Steps of Adam relative to the root mean square of g and c, and of log delta.
 _RATES = {"g": 0.05, "delta": 0.2, "c": 0.06}
 _DECAYS = 0.7, 0.9
+# A question is given up where it lacks more than so many times what the last sixth of all iterations gained.
+_HOPE, _WINDOWS = 2.0, 6
 # What float32 may have done to a bound, relative to the size of what it is added up from.
 _NOISE = 4e-6
 
@@ -81,21 +84,23 @@ def search(chain: Chain, slope: Tensor, margin: Tensor, iterations: int = 60, at
     kept: list[tuple[Tensor, Multipliers]] = []
     if len(asked):
         descent = _Descent(scaled.take(asked), slope[asked], step[asked], asked)
+        bounds = []
         for number in range(iterations):
             evaluation = descent.evaluate()
             places, value = descent.places, evaluation.value
             found.bound[places] = torch.minimum(found.bound[places], value)
             found.iterations[places] = number + 1
+            bounds.append(found.bound.clone())
             done = value + _NOISE * evaluation.size < margin[places]
             if done.any():
                 kept.append((places[done], descent.multipliers.take(done.nonzero().squeeze(1))))
                 found.done[places[done]] = True
-                if done.all():
-                    break
-                descent.improve(evaluation, number, iterations)
-                descent.keep((~done).nonzero().squeeze(1))
-            elif number + 1 < iterations:
-                descent.improve(evaluation, number, iterations)
+            left = ~(done | _is_hopeless(bounds, margin, iterations)[places])
+            if not left.any() or number + 1 == iterations:
+                break
+            descent.improve(evaluation, number, iterations)
+            if not left.all():
+                descent.keep(left.nonzero().squeeze(1))
     found.bound = found.bound.double() * scale.output
     if kept:
         found.multipliers = _in_order(kept).unscaled(scale)
@@ -116,6 +121,15 @@ def tighten(chain: Chain, slope: Tensor, iterations: int = 60, attack_steps: int
     last = descent.evaluate()
     steps = [x.double() * scale.values[0] for x in (step, descent.multipliers.c[0], last.changes[0])]
     return Tightest(descent.multipliers.unscaled(scale), steps)
+
+
+def _is_hopeless(bounds: list[Tensor], margin: Tensor, iterations: int) -> Tensor:
+    """(P,) bool: more is missing than may be hoped for. bounds: after every iteration so far."""
+    window = max(1, iterations // _WINDOWS)
+    if len(bounds) <= window:
+        return torch.zeros_like(margin, dtype=torch.bool)
+    now, before = bounds[-1], bounds[-1 - window]
+    return now - margin > _HOPE * (before - now)
 
 
 class _Descent:

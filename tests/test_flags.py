@@ -1,0 +1,29 @@
+"""Values of flags."""
+
+import argparse
+
+import pytest
+
+from locallip import flags
+
+
+@pytest.mark.parametrize(("text", "value"), [("0.5", 0.5), ("36/255", 36 / 255), ("1e-3", 1e-3), ("3/1.5", 2)])
+def test_a_number_may_be_a_fraction(text, value):
+    assert flags.natural_float(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "/", "36/", "/255", "0/0", "1/2/3", "-1", "1/-2", "nan", "inf", "1e999"])
+def test_what_is_no_number_of_at_least_0_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        flags.natural_float(text)
+
+
+@pytest.mark.parametrize(("text", "value"), [("0", [0]), ("12,0,6,6", [0, 6, 12])])
+def test_positions_come_in_order_and_once(text, value):
+    assert flags.positions(text) == value
+
+
+@pytest.mark.parametrize("text", ["", ",", "1,", "-1", "1.5", "one"])
+def test_what_are_no_positions_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="commas between"):
+        flags.positions(text)
