@@ -32,7 +32,7 @@ Usage: bash run_job.sh JOB [ARGUMENTS ...]
   reproduce JOB         a row of the table from end to end; --minutes N shortens it to what fits that time here
   test                  run the tests
   test-oldest           the same with the oldest supported packages, in an environment of their own
-  falsify PREFIX        try to break proven certificates of a checkpoint: PGD with restarts, steepest slopes
+  falsify PREFIX        try to break proven certificates of a checkpoint: many attacks on margins and slopes
   bench                 time one training step of every recipe beside a plain step
   bench-proof [PREFIX]  what a proof of a checkpoint, or of all committed ones, costs beside the published protocol
   bench-rivals          the dual beside CROWN and alpha-CROWN on a plainly trained network, in an environment of its own

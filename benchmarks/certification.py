@@ -34,7 +34,8 @@ from locallip import distributed, flags
 from locallip.bound.power_iteration import PowerIteration
 from locallip.bound.proof import EFFORTS, proven_norms
 from locallip.bound.worst_case import worst_logits, worst_margin
-from locallip.evaluation.attacks import pgd, right
+from locallip.evaluation.attacks import right
+from locallip.evaluation.pgd import pgd
 from locallip.files import InputError, check_writable, exists, run_script, write_atomically
 from locallip.images import ImageSet
 

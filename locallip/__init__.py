@@ -3,6 +3,7 @@
     import locallip
 
     locallip.certify(model, x, y, epsilon=0.5)      # (N,) bool: is y the answer in the whole ball around each image?
+    print(locallip.verify(model, x, y, epsilon=0.5))      # how many are certified, attacked, misclassified, open
 
 The bound is in `locallip.bound`; `locallip.training` trains through it, `locallip.evaluation` attacks and certifies.
 """
@@ -22,6 +23,7 @@ from locallip.bound.rules import Place, Reshape, rule
 from locallip.bound.stages import DualStage, ProductStage, Stage
 from locallip.bound.walk import propagate
 from locallip.bound.worst_case import gloro_logits, worst_logits, worst_margin
+from locallip.verification import Verification, verify
 
 __all__ = [
     "Activation",
@@ -48,6 +50,7 @@ __all__ = [
     "ReLU_x",
     "Reshape",
     "Stage",
+    "Verification",
     "bcp_loss",
     "certified_radius",
     "certify",
@@ -59,6 +62,7 @@ __all__ = [
     "prove",
     "proven_norms",
     "rule",
+    "verify",
     "worst_logits",
     "worst_margin",
 ]

@@ -8,8 +8,9 @@ import torch
 from conftest import TINY, read_csv
 from torch import nn
 
-import falsify
-from locallip.evaluation.attacks import attack_labels, attack_slopes
+from locallip.bound.walk import propagate
+from locallip.evaluation import falsification
+from locallip.evaluation.attacks import attack_slopes, descend, margins
 
 
 @pytest.fixture
@@ -21,28 +22,74 @@ def attack(call, saved_net):
     return run
 
 
-def test_no_proven_certificate_falls(attack, tmp_path):
-    answer = attack("--epsilon", 1e-4, "--out", tmp_path / "report")
+@pytest.mark.parametrize("flags", [[], ["--clip"]], ids=["whole ball", "valid images"])
+def test_no_proven_certificate_falls(attack, tmp_path, flags):
+    answer = attack("--epsilon", 1e-4, "--out", tmp_path / "report", *flags)
     assert (answer.code, answer.err) == (0, "")
     rows = read_csv(tmp_path / "report" / "attacks.csv")
     assert f"\n{len(rows)} of 32 images certified" in answer.out
     assert len(rows) > 0
+    assert len({row["image"] for row in rows}) == len(rows)
     for row in rows:
+        number = {name: float(row[name]) for name in row if name != "fallen"}
         assert row["fallen"] == "False"
-        assert 0 < float(row["slope"]) <= float(row["local_bound"]) <= float(row["global_bound"])
-    assert matplotlib.image.imread(tmp_path / "report" / "bounds_and_slopes.png").shape[0] > 300
+        assert 0 < number["slope"] <= number["local_bound"] <= number["global_bound"]
+        assert 0 < number["worst_margin"] <= number["attained_margin"] <= number["clean_margin"]
+        assert 0 < number["attained_drop"] <= min(number["product_drop"], number["dual_drop"])
+        for kind in ("product", "dual"):
+            ratio = number[f"{kind}_drop"] / number["attained_drop"]
+            assert number[f"{kind}_over_attained"] == pytest.approx(ratio)
+            assert ratio >= 1
+    for picture in ("bounds_and_slopes", "bound_over_attained"):
+        assert matplotlib.image.imread(tmp_path / "report" / f"{picture}.png").shape[0] > 300
+    quantiles = [line.split(": ")[1].split(", ") for line in answer.out.splitlines() if line.startswith("  ")]
+    assert [len(values) for values in quantiles] == [5, 5]
+    assert all(values == sorted(values) for values in quantiles)
 
 
-def test_a_certificate_that_falls_ends_with_a_shout(attack, monkeypatch):
-    proof = falsify.prove
+def certify_everything(model, x, *rest):
+    return replace(PROVE(model, x, *rest), worst_margin=torch.ones(len(x)).double())
 
-    def certify_everything(model, x, *rest):
-        return replace(proof(model, x, *rest), worst_margin=torch.ones(len(x)))
 
-    monkeypatch.setattr(falsify, "prove", certify_everything)
-    answer = attack("--epsilon", 5)
+PROVE, TIGHT, WORST = falsification.prove, falsification._tight, falsification.worst_logits
+LIES = {
+    "a certified margin": ("prove", certify_everything, 5),
+    "a bound by the dual": ("_tight", lambda chain, y, other: (TIGHT(chain, y, other)[0] + 1, []), 1e-4),
+    "a bound by the product": ("worst_logits", lambda bound, y, rounds: bound.logits, 1e-4),
+    "a Lipschitz constant": (
+        "propagate",
+        lambda *arguments, **settings: _shrunk(propagate(*arguments, **settings)),
+        1e-4,
+    ),
+}
+
+
+def _shrunk(bound):
+    return replace(bound, hidden_lipschitz=bound.hidden_lipschitz / 100)
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_certificate_that_falls_ends_with_a_shout(attack, monkeypatch, tmp_path, lie):
+    name, replacement, epsilon = LIES[lie]
+    monkeypatch.setattr(falsification, name, replacement)
+    answer = attack("--epsilon", epsilon, "--out", tmp_path / "report")
     assert answer.code == 1
     assert answer.err.startswith("BROKEN CERTIFICATE")
+    assert any(row["fallen"] == "True" for row in read_csv(tmp_path / "report" / "attacks.csv"))
+
+
+def test_a_point_outside_of_the_ball_breaks_nothing(attack, monkeypatch):
+    monkeypatch.setattr(falsification, "descend", lambda model, x, *rest: torch.ones_like(x))
+    assert attack("--epsilon", 1e-4).code == 0
+
+
+def test_where_the_dual_cannot_be_asked_the_product_is_attacked_alone(attack, monkeypatch, tmp_path):
+    monkeypatch.setattr(falsification, "chain_of", lambda *arguments: None)
+    answer = attack("--epsilon", 1e-4, "--out", tmp_path / "report")
+    assert answer.code == 0
+    assert "  product:" in answer.out
+    assert "  dual:" not in answer.out
+    assert {row["dual_drop"] for row in read_csv(tmp_path / "report" / "attacks.csv")} == {"nan"}
 
 
 def test_nothing_certified_is_no_failure(attack, tmp_path):
@@ -65,11 +112,12 @@ def test_the_slope_attack_finds_the_norm_of_a_linear_map():
     assert (found > 0.99 * norm).all()
 
 
-def test_the_label_attack_breaks_a_linear_net_just_beyond_its_margin():
+def test_descent_breaks_a_linear_net_just_beyond_its_margin():
     net = nn.Sequential(nn.Flatten(), nn.Linear(2, 2)).double()
     net[1].weight.data = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
     net[1].bias.data = torch.tensor([-0.7, 0.7], dtype=torch.float64)
     x = torch.tensor([[[[0.5, 0.5]]]], dtype=torch.float64)  # the classes meet where the first pixel is 0.7
     y = torch.tensor([1])
-    assert attack_labels(net, x, y, 0.21, restarts=2).all()
-    assert not attack_labels(net, x, y, 0.19, restarts=2).any()
+    for epsilon, breaks in ((0.21, True), (0.19, False)):
+        step = descend(net, x, y, torch.tensor([epsilon]).double())
+        assert (margins(net(x + step), y).amin() < 0).item() == breaks

@@ -11,6 +11,7 @@ from conftest import TINY, spawn
 
 from data_load import DATA_SETS
 from locallip.checkpoints import load_checkpoint, save_checkpoint
+from locallip.evaluation.falsification import COLUMNS
 
 
 def contents(folder):
@@ -321,7 +322,7 @@ def test_a_report_on_attacks_is_not_replaced_unasked(call, saved_net, tmp_path):
     assert_refused(call("falsify", *flags, "--epsilon", 5), "--overwrite")
     assert contents(tmp_path) == before
     assert call("falsify", *flags, "--epsilon", 5, "--overwrite").code == 0
-    assert (tmp_path / "report" / "attacks.csv").read_text() == "local_bound,global_bound,slope,fallen\n"
+    assert (tmp_path / "report" / "attacks.csv").read_text() == ",".join(COLUMNS) + "\n"
 
 
 @pytest.mark.parametrize("flags", [["--deployed", "float32"], ["--certificate_seed", 1]], ids=str)

@@ -80,7 +80,8 @@ def certify(
 ) -> Tensor:
     """Whether the label y is the network's answer on the whole epsilon-ball around x: (N,) bool.
 
-    A tie, a NaN and an image that is not finite count as no.
+    A tie, a NaN and an image that is not finite count as no. `locallip.verify` says more, and attacks what is not
+    certified.
 
     Args:
         model: as for `propagate`; it is not changed. The certificate is for the function that its weights define in
@@ -161,10 +162,15 @@ def _prepare(
         return Graph.of(model), x, PowerIteration(_ITERATIONS)
     if certificate != "proven":
         raise ValueError(f"the certificate must be 'proven' or 'estimate', got '{certificate}'")
-    Graph.of(model).meanings(x, Arithmetic())  # refuses what it does not know before anything is copied
-    model, x = copy.deepcopy(model).double(), x.double()
+    model, x = in_float64(model, x), x.double()
     norms = proven_norms(model, x, len(x), failure_probability, radii + 1)  # one more for the last layer's
     return Graph.of(model), x, norms.with_steps(LANCZOS_STEPS[-1])
+
+
+def in_float64(model: nn.Module, x: Tensor) -> nn.Module:
+    """A copy of a network in float64, for images x (N, ...); errors are those of `Graph.meanings`."""
+    Graph.of(model).meanings(x, Arithmetic())  # refuses what it does not know before anything is copied
+    return copy.deepcopy(model).double()
 
 
 def _certified(graph: Graph, x: Tensor, y: Tensor, epsilon: float | Tensor, norms: Norms, effort: str) -> Tensor:

@@ -88,6 +88,7 @@ class Proof:
         stage: (N,) which stage decided; as many as there are stages where none did.
         stages: their names.
         seconds: wall time of each.
+        point: (N, ...) where an attack changed the label, NaN elsewhere; None: no stage looked for one.
     """
 
     logits: Tensor
@@ -99,6 +100,7 @@ class Proof:
     stage: Tensor
     stages: tuple[str, ...]
     seconds: list[float]
+    point: Tensor | None = None
 
     @property
     def decided(self) -> list[int]:
@@ -148,11 +150,11 @@ def decide(
     Arguments otherwise and errors are those of `propagate`.
 
     Raises:
-        ValueError: for labels that are not (N,) int64.
+        ValueError: for labels that are not (N,) int64 or name no class.
     """
-    refuse_labels(y, x)
-    epsilon = torch.as_tensor(epsilon, dtype=x.dtype, device=x.device).expand(len(x))
     graph = model if isinstance(model, Graph) else Graph.of(model)
+    refuse_labels(y, x, graph.last.layer.out_features)
+    epsilon = torch.as_tensor(epsilon, dtype=x.dtype, device=x.device).expand(len(x))
     question = Question(graph, x, y, epsilon, clip)
     places, carried = torch.arange(len(x), device=x.device), None
     decided_by = torch.full_like(places, len(stages))
@@ -169,14 +171,11 @@ def decide(
             answer = stage.ask(question, carried)
         seconds[number] = time.perf_counter() - started
         for name, column in answer.columns.items():
-            known.setdefault(name, column.clone())[places] = column
-        settled = answer.settled
-        if isinstance(stage, DualStage):
-            settled = known["worst_margin"][places] > 0
-        else:
+            known.setdefault(name, column.new_full((len(x), *column.shape[1:]), torch.nan))[places] = column
+        if answer.global_hidden_lipschitz is not None:
             global_lipschitz = answer.global_hidden_lipschitz
-        decided_by[places[settled]] = number
-        left = (~settled).nonzero().squeeze(1)
+        decided_by[places[answer.settled]] = number
+        left = (~answer.settled).nonzero().squeeze(1)
         places, question = places[left], question.take(left)
         carried = answer.carried and answer.carried.take(left)
     return Proof(
@@ -188,7 +187,13 @@ def _names(stages: Sequence[Stage]) -> tuple[str, ...]:
     return tuple(stage.name for stage in stages)
 
 
-def refuse_labels(y: Any, x: Tensor) -> None:
-    """Refuse labels that are not (N,) int64 for N images, with a ValueError."""
+def refuse_labels(y: Any, x: Tensor, classes: int) -> None:
+    """Refuse labels that are not (N,) int64 for N > 0 images, or not below the number of classes, by a ValueError."""
+    if not isinstance(y, Tensor):
+        raise ValueError(f"need one label per image, a tensor (N,) int64, got {type(y).__name__}")
     if y.shape != (len(x),) or y.dtype != torch.int64:
         raise ValueError(f"need one label per image, (N,) int64, got {tuple(y.shape)} {y.dtype} for {len(x)} images")
+    if not len(y):
+        raise ValueError("there are no images to decide about")
+    if y.min() < 0 or y.max() >= classes:
+        raise ValueError(f"labels must lie between 0 and {classes - 1}, got {int(y.min())} to {int(y.max())}")

@@ -70,9 +70,9 @@ class Answer:
 
     Attributes:
         columns: by name, (N, ...): `logits`, `worst_margin`, `hidden_lipschitz`, `eliminated_rows` and
-            `eliminated_columns`, as in `proof.Proof`.
+            `eliminated_columns`, and `point` of a stage that attacks, as in `proof.Proof`.
         settled: (N,) bool, what no later stage need be asked about.
-        global_hidden_lipschitz: scalar.
+        global_hidden_lipschitz: scalar; None of a stage that computes none.
         carried: for the next stage; None: nothing.
     """
 
@@ -166,15 +166,15 @@ class DualStage(Stage):
     costly: bool = True
 
     def ask(self, question: Question, carried: Carried | None) -> Answer:
-        settled = torch.ones_like(question.y, dtype=torch.bool)
         if carried is None or carried.chain is None:
-            return Answer({}, settled)
+            return Answer({}, torch.zeros_like(question.y, dtype=torch.bool))
         asked = ~(carried.margins > 0)
         found = prove_classes(carried.chain, question.y, asked, carried.besides, self.iterations)
         margins = torch.maximum(carried.margins, found.margin)
         # A NaN of the product says nothing about the dual.
         margins = torch.where(carried.margins.isnan(), found.margin, margins)
-        return Answer({"worst_margin": margins.amin(dim=1)}, settled)
+        margin = margins.amin(dim=1)
+        return Answer({"worst_margin": margin}, margin > 0)
 
 
 def eliminated(bound: Bound) -> tuple[Tensor, Tensor]:

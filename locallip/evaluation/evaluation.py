@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from locallip import distributed
-from locallip.evaluation.attacks import PGD_CURVE_STEPS, PGD_STEPS, pgd, right
+from locallip.evaluation.attacks import right
 from locallip.evaluation.certificates import Estimate, Proven
 from locallip.evaluation.outcome import CERTIFIED_MULTIPLES, OPEN, PGD_MULTIPLES, Findings, Outcome
+from locallip.evaluation.pgd import PGD_CURVE_STEPS, PGD_STEPS, pgd
 from locallip.evaluation.plan import Plan, seed_of
 from locallip.evaluation.unfinished import Unfinished
 from locallip.images import ImageSet

@@ -149,6 +149,24 @@ def bounds_and_slopes(
     axes.legend(frameon=False, fontsize=9)
 
 
+def bound_over_attained(axes: Axes, product: np.ndarray, dual: np.ndarray, epsilon: float) -> None:
+    """Draw the share of images whose bound on the drop of the margin is so many times what an attack attained.
+
+    product, dual: (N,) ratios; NaN, or infinite where nothing was attained, are left out.
+    """
+    for ratios, color, label in ((product, GLOBAL, "product of norms"), (dual, LOCAL, "dual")):
+        ratios = np.sort(ratios[np.isfinite(ratios)])
+        if len(ratios):
+            shares = 100 * np.arange(1, len(ratios) + 1) / len(ratios)
+            axes.step(ratios, shares, color=color, linewidth=2, where="post", label=label)
+    axes.axvline(1, color=ATTACK, linewidth=1.2, linestyle=":", label="attained by an attack")
+    axes.set(
+        xlim=(0.95, None), ylim=(0, 100), xlabel="bound on the drop / attained drop", ylabel="certified images (%)"
+    )
+    axes.set_title(f"How tight certificates are at ε = {epsilon:.4g}", loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=9)
+
+
 def training(axes: Axes, epochs: list[dict[str, float]], row: Row) -> None:
     """Draw a training: accuracies on the training and the validation images by epoch, and epsilon's rise.
 

@@ -47,6 +47,21 @@ class Found:
     multipliers: Multipliers | None
 
 
+@dataclass
+class Tightest:
+    """What `tighten` found for P questions.
+
+    Attributes:
+        multipliers: float64.
+        steps: of the input, (P, ...) each, that an attack may start from: the end of the attack that the search starts
+            with, which was the first reference c_0, the last c_0, and where the bound has its worst input. The latter
+            two may lie outside of the ball.
+    """
+
+    multipliers: Multipliers
+    steps: list[Tensor]
+
+
 @torch.no_grad()
 def search(chain: Chain, slope: Tensor, margin: Tensor, iterations: int = 60, attack_steps: int = 8) -> Found:
     """Look for multipliers that show that the margin cannot drop to 0.
@@ -90,6 +105,22 @@ def search(chain: Chain, slope: Tensor, margin: Tensor, iterations: int = 60, at
     if kept:
         found.multipliers = _in_order(kept).unscaled(scale)
     return found
+
+
+@torch.no_grad()
+def tighten(chain: Chain, slope: Tensor, iterations: int = 60, attack_steps: int = 8) -> Tightest:
+    """Lower the bound on the drop of a margin as far as so many iterations can, however large the margin is.
+
+    chain, slope: as for `search`.
+    """
+    scaled, slope, scale = single(chain.without_boxes(), slope)
+    step, _ = attack(scaled, slope, attack_steps)
+    descent = _Descent(scaled, slope, step, torch.arange(len(step), device=step.device))
+    for number in range(iterations):
+        descent.improve(descent.evaluate(), number, iterations)
+    last = descent.evaluate()
+    steps = [x.double() * scale.values[0] for x in (step, descent.multipliers.c[0], last.changes[0])]
+    return Tightest(descent.multipliers.unscaled(scale), steps)
 
 
 def _is_hopeless(bounds: list[Tensor], margin: Tensor, iterations: int) -> Tensor:
