@@ -11,13 +11,13 @@ The bound is in `locallip.bound`; `locallip.training` trains through it, `locall
 from locallip.bound.activations import Activation, Clip, ClippedMaxMin, Elementwise
 from locallip.bound.bound import Bound
 from locallip.bound.certificates import Lipschitz, certified_radius, certify, local_lipschitz
-from locallip.bound.checks import check_operator, check_rule
 from locallip.bound.graph import Graph
 from locallip.bound.layers import ClampGroupSort, GroupSort, MaxMin, Normalize, ReLU_x
 from locallip.bound.losses import bcp_loss, gloro_loss
 from locallip.bound.norms import Arithmetic, Bracket, Norms
 from locallip.bound.operators import Conv, Dense, LinearOperator
 from locallip.bound.power_iteration import PowerIteration
+from locallip.bound.promises import check_operator, check_rule
 from locallip.bound.proof import Proof, decide, prove, proven_norms
 from locallip.bound.proven_norms import ProvenNorms
 from locallip.bound.rules import Place, Reshape, rule

@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from locallip.bound.certificates import in_float64
-from locallip.bound.graph import Graph
-from locallip.bound.proof import Proof, decide, proof_stages, proven_norms, refuse_effort, refuse_labels
+from locallip.bound.certificates import checked, in_float64
+from locallip.bound.checks import refuse_epsilon, refuse_labels
+from locallip.bound.kept_norms import KEPT
+from locallip.bound.proof import Proof, decide, proof_stages, proven_norms, refuse_effort
 from locallip.bound.proven_norms import ProvenNorms
 from locallip.bound.stages import Answer, Carried, DualStage, Question, Stage
 from locallip.bound.walk import propagate
@@ -74,6 +74,8 @@ class Verification:
         return {status: self.status.count(status) for status in STATUSES}
 
     def __str__(self) -> str:
+        if not self.status:
+            return "0 images"
         low, high = float(self.epsilon.min()), float(self.epsilon.max())
         radius = f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
         by = Counter(name for name, status in zip(self.decided_by, self.status) if status == CERTIFIED)
@@ -168,15 +170,18 @@ def verify(
         progress: show a bar with counts, which needs tqdm.
 
     Raises:
-        TypeError: names the first layer without a rule and its position, or what x is if no images.
+        TypeError: as `certify`, and for images of another precision.
         ValueError: as `certify`, and for an attack below 0, a batch size below 1 or a clip without sense.
         ImportError: for a bar without tqdm.
     """
     refuse_effort(effort)
-    _refuse(x, epsilon, attack, batch_size, clip)
-    refuse_labels(y, x, Graph.of(model, x).last.layer.out_features)
+    classes = checked(model, x, "proven", failure_probability).classes
+    refuse_labels(y, x, classes)
+    refuse_epsilon(epsilon, x)
+    _refuse(x, attack, batch_size, clip)
     graph, first = in_float64(model, x), x[:1].double()
-    norms = proven_norms(graph, first, len(x), failure_probability, seed=seed)
+    kept = KEPT if seed is None else None  # a seed repeats all norms
+    norms = proven_norms(graph, first, len(x), failure_probability, seed=seed, kept=kept)
     stages = proof_stages(graph, first, norms, effort)
     if attack:
         stages = _with_attack(stages, AttackStage(model, norms, x.dtype, attack, seed or 0))
@@ -190,14 +195,9 @@ def verify(
     return _joined(parts)
 
 
-def _refuse(x: Any, epsilon: Any, attack: int, batch_size: int, clip: tuple[float, float] | None) -> None:
-    if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64) or x.dim() < 2:
-        what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"need images as a tensor (N, ...) of float32 or float64, got {what}")
-    if isinstance(epsilon, Tensor) and epsilon.shape not in (torch.Size([]), torch.Size([len(x)])):
-        raise ValueError(f"need one epsilon, or one per image, got {tuple(epsilon.shape)} for {len(x)} images")
-    if not bool((torch.as_tensor(epsilon) >= 0).all()):
-        raise ValueError(f"epsilon must not be negative, got {epsilon}")
+def _refuse(x: Tensor, attack: int, batch_size: int, clip: tuple[float, float] | None) -> None:
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"need images as a tensor (N, ...) of float32 or float64, got {x.dtype}")
     if attack < 0:
         raise ValueError(f"the attack must start 0 times or more often, got {attack}")
     if batch_size < 1:

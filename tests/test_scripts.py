@@ -55,7 +55,7 @@ def test_the_published_training_command_parses_with_the_papers_defaults(command_
 def test_training_without_flags_is_the_papers_default_job(command_line):
     command_line()
     args = utils.training_arguments("", ["mnist", "digits"], train_mnist.DEFAULTS)
-    expected = {"epsilon_train": 1.58, "gloro": False, "opt_iter": 1, "init": 1.0, "model": "relux", "sniter": 5}
+    expected = {"epsilon_train": 1.58, "loss": "bcp", "opt_iter": 1, "init": 1.0, "model": "relux", "sniter": 5}
     assert vars(args) | expected == vars(args)
 
 

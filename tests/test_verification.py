@@ -270,15 +270,14 @@ def test_a_tie_is_misclassified(epsilon):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"y": [1, 1, 1]}, "one label per image, a tensor"),
+        ({"y": [1, 1, 1]}, "one label per image"),
         ({"y": torch.ones(2, dtype=torch.long)}, "one label per image"),
         ({"y": torch.ones(3, 1, dtype=torch.long)}, "one label per image"),
         ({"y": torch.ones(3)}, "one label per image"),
         ({"y": torch.ones(3, dtype=torch.int32)}, "one label per image"),
         ({"y": torch.tensor([0, 1, 2])}, "between 0 and 1"),
         ({"y": torch.tensor([0, 1, -1])}, "between 0 and 1"),
-        ({"x": pixels()}, "one label per image"),
-        ({"x": torch.zeros(0, 1, 1, 2), "y": torch.zeros(0, dtype=torch.long)}, "no images"),
+        ({"x": pixels()}, "takes .N, 2., but gets .N, 1."),
         ({"epsilon": -0.1}, "epsilon"),
         ({"epsilon": math.nan}, "epsilon"),
         ({"epsilon": torch.full((2,), 0.1)}, "one epsilon"),
@@ -293,14 +292,20 @@ def test_a_tie_is_misclassified(epsilon):
 )
 def test_what_has_no_sense_is_refused_in_one_line(changes, complaint):
     arguments = {"model": plane(), "x": pixels(0.5, 0.6, 0.8), "y": torch.tensor([1, 1, 0]), "epsilon": 0.1} | changes
-    with pytest.raises(ValueError, match=complaint) as refusal:
+    with pytest.raises((TypeError, ValueError), match=complaint) as refusal:
         verify(**arguments)
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("attack", [0, 1])
+def test_no_images_have_no_answers(attack):
+    found = verify(plane(), pixels(0.5)[:0], torch.zeros(0, dtype=torch.long), 0.1, attack=attack)
+    assert (found.status, found.worst_margin.shape, str(found)) == ((), (0,), "0 images")
+
+
 @pytest.mark.parametrize("x", [[[0.5, 0.5]], torch.ones(3, 2, dtype=torch.uint8), torch.ones(3).half(), torch.ones(3)])
 def test_what_are_no_images_is_refused(x):
-    with pytest.raises(TypeError, match="need images"):
+    with pytest.raises((TypeError, ValueError), match="need images"):
         verify(nn.Sequential(nn.Linear(2, 2)), x, torch.ones(3, dtype=torch.long), 0.1)
 
 

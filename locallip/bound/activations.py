@@ -54,9 +54,12 @@ class Activation(ABC):
 
         fuse: whether both may be made in one pass over memory, which rounds otherwise than operation by operation.
         """
-        if isinstance(region, Point):
-            return region.map(self), None
-        return region.map(self), self.varying(region.lower, region.upper)
+        varying = None if isinstance(region, Point) else self.varying(region.lower, region.upper)
+        return region.map(self._of_a_copy), varying
+
+    def _of_a_copy(self, x: Tensor) -> Tensor:
+        """The function of x, whatever a user's own does to its argument."""
+        return self(x.clone())
 
     def steepness(self, region: Region) -> Tensor | float:
         """Its Lipschitz constant between any two points of a region before it: (N,) or a scalar."""
@@ -105,7 +108,7 @@ class Elementwise(Activation):
     rounding: float | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.function(x.clone())  # which may work in place
+        return self.function(x.clone())
 
     def varying(self, lower: Tensor, upper: Tensor) -> Tensor:
         return self.can_vary(lower, upper)
@@ -121,6 +124,9 @@ class _Thresholds(Activation):
 
     def __call__(self, x: Tensor) -> Tensor:
         return fused.activation(x, self)
+
+    def _of_a_copy(self, x: Tensor) -> Tensor:
+        return self(x)
 
     def behind(self, region: Region, fuse: bool) -> tuple[Region, Tensor | None]:
         if not (fuse and isinstance(region, UncutRegion) and self._fits(region.center)):

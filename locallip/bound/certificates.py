@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from locallip.bound.checks import (
+    refuse_certificate,
+    refuse_classes,
+    refuse_epsilon,
+    refuse_images,
+    refuse_labels,
+    refuse_model,
+    refuse_probability,
+    refuse_search,
+)
 from locallip.bound.graph import Graph
+from locallip.bound.kept_norms import KEPT
 from locallip.bound.norms import Arithmetic, Norms
 from locallip.bound.operators import Position
+from locallip.bound.pieces import images_at_a_time, in_pieces
 from locallip.bound.power_iteration import PowerIteration
 from locallip.bound.precision import own_precision
 from locallip.bound.proof import LANCZOS_STEPS, decide, prove, proven_norms, refuse_effort
@@ -48,14 +62,24 @@ def local_lipschitz(
     epsilon: float | Tensor,
     certificate: str | Norms = "proven",
     failure_probability: float = 1e-6,
+    progress: bool = False,
 ) -> Lipschitz:
     """Lipschitz bounds of the whole network, logits included, in the epsilon-balls around x and everywhere.
 
-    Arguments and errors are those of `certify`, which also says what `certificate` means.
+    Arguments and errors are those of `certify`, which also says what `certificate` means; here one logit is enough.
     """
-    graph, x, norms = _prepare(model, x, certificate, failure_probability)
+    graph = checked(model, x, certificate, failure_probability)
+    refuse_epsilon(epsilon, x)
+    asked = _prepare(model, graph, x, certificate, failure_probability)
+    radii = asked.radii(epsilon, x)
+    found = asked.in_pieces(x, lambda images, part: _lipschitz(asked, images, radii[part]), progress)
+    return _joined(found)
+
+
+def _lipschitz(asked: _Asked, x: Tensor, epsilon: Tensor) -> Lipschitz:
+    norms = asked.norms
     with own_precision(x.device):
-        bound = propagate(graph, x, epsilon, norms)
+        bound = propagate(asked.graph, x, epsilon, norms)
         whole = norms.whole(bound.last)
         last = norms.masked(bound.last, None, bound.last_columns, whole).upper.expand_as(bound.radius)
     return Lipschitz(
@@ -77,6 +101,7 @@ def certify(
     certificate: str | Norms = "proven",
     failure_probability: float = 1e-6,
     effort: str = "dual",
+    progress: bool = False,
 ) -> Tensor:
     """Whether the label y is the network's answer on the whole epsilon-ball around x: (N,) bool.
 
@@ -95,15 +120,33 @@ def certify(
         failure_probability: of a proven certificate: that any norm of the call is too small (see `proven_norms`).
         effort: of a proven certificate: `product` stops at the product of norms, `dual` goes on to the centred dual,
             which certifies more and takes longer.
+        progress: show a bar, which needs tqdm.
+
+    Any number of images and classes is taken, as many at a time as fit into half a gigabyte; a norms object of your
+    own, unless it is a `ProvenNorms`, is asked about all of them at once. How they are split changes nothing but which
+    random numbers a norm meets. Neither the network nor x is changed.
+
+    Whole norms are kept for later calls on the same weights (see `kept_norms`). Milliseconds an image by the product
+    (by the dual) of two convolutions of 8 and 16 channels on 28x28 and two dense layers, untrained, one thread of
+    an EPYC (Zen 4): alone 340 the first time, then 7 (7) where the global norms decide, 20 (34) at epsilon 0.01 and
+    26 (89) at 0.05; in a call with a hundred 0.5 (0.5), 2 (7) and 7 (33).
 
     Raises:
         TypeError: names all layers and calls without a rule, and whatever else is in the way of a certificate, each
-            with its place and a way out; or the network gives other logits than these do one after the other.
-        ValueError: as `propagate`, for labels of another shape, or for a certificate or effort of another name.
+            with its place and a way out; or the network gives other logits than these do one after the other; or an
+            argument is of another kind.
+        ValueError: as `propagate`, for fewer than two logits, for labels that are not one class per image, or for a
+            certificate or effort of another name. All before anything is computed.
+        ImportError: for a bar without tqdm.
     """
     refuse_effort(effort)
-    graph, x, norms = _prepare(model, x, certificate, failure_probability)
-    return _certified(graph, x, y, epsilon, norms, effort)
+    graph = checked(model, x, certificate, failure_probability)
+    refuse_labels(y, x, graph.classes)
+    refuse_epsilon(epsilon, x)
+    asked = _prepare(model, graph, x, certificate, failure_probability)
+    radii = asked.radii(epsilon, x)
+    found = asked.in_pieces(x, lambda images, part: _certified(asked, images, y[part], radii[part], effort), progress)
+    return torch.cat(found)
 
 
 @torch.no_grad()
@@ -116,30 +159,49 @@ def certified_radius(
     failure_probability: float = 1e-6,
     limit: float = 1e3,
     effort: str = "dual",
+    progress: bool = False,
 ) -> Tensor:
     """The largest certified epsilon per image, found by bisection: (N,), in the space of x.
 
     The radius returned was itself certified (0 where the network's answer is not y), and one that is larger by
     `tolerance` at most was not. Images that are certified up to `limit`, which is more than any two images of 0.3
     million pixels in [0, 1] lie apart, get `limit`. Without y, (N,), the network's own answer is the label. Arguments
-    otherwise and errors are those of `certify`.
+    otherwise and errors are those of `certify`, which is asked 20 times or so: that is what it costs.
+
+    Raises:
+        TypeError, ValueError: also for a tolerance or limit that is no number, or not finite and above 0.
     """
-    if not (0 < tolerance < math.inf and 0 < limit < math.inf):
-        raise ValueError(f"tolerance and limit must be finite and above 0, got {tolerance} and {limit}")
     refuse_effort(effort)
+    refuse_search(tolerance, limit)
+    graph = checked(model, x, certificate, failure_probability)
+    refuse_classes(graph.classes)
+    if y is not None:
+        refuse_labels(y, x, graph.classes)
     # Doubling and halving between the tolerance and the limit, and the question at 0.
     questions = 3 + 2 * math.ceil(max(0.0, math.log2(limit / tolerance)))
-    graph, x, norms = _prepare(model, x, certificate, failure_probability, questions)
-    if y is None:
-        # Not by a call of the model, which a layer in training mode would learn from before it is refused.
-        with own_precision(x.device):
-            y = propagate(graph, x, 0.0, norms, box=False).logits.argmax(dim=1)
+    asked = _prepare(model, graph, x, certificate, failure_probability, questions)
+
+    def radius(images: Tensor, part: Tensor) -> Tensor:
+        labels = _answers(asked, images) if y is None else y[part]
+        return _radius(asked, images, labels, tolerance, limit, effort)
+
+    return torch.cat(asked.in_pieces(x, radius, progress))
+
+
+def _answers(asked: _Asked, x: Tensor) -> Tensor:
+    """The network's own answers (N,): without a call, from which a layer in training mode would learn."""
+    with own_precision(x.device):
+        return propagate(asked.graph, x, 0.0, asked.norms, box=False).logits.argmax(dim=1)
+
+
+def _radius(asked: _Asked, x: Tensor, y: Tensor, tolerance: float, limit: float, effort: str) -> Tensor:
+    """Largest certified epsilon (N,), by doubling and then halving."""
     good = x.new_zeros(len(x))
-    possible = _certified(graph, x, y, good, norms, effort)
+    possible = _certified(asked, x, y, good, effort)
     bad = torch.full_like(good, min(tolerance, limit))
     growing = possible
     while growing.any():
-        growing = growing & _certified(graph, x, y, bad, norms, effort)
+        growing = growing & _certified(asked, x, y, bad, effort)
         good = torch.where(growing, bad, good)
         growing = growing & (bad < limit)
         bad = torch.where(growing, (2 * bad).clamp(max=limit), bad)
@@ -149,42 +211,97 @@ def certified_radius(
         splits = possible & (bad - good > tolerance) & (good < middle) & (middle < bad)
         if not splits.any():
             return good
-        certified = splits & _certified(graph, x, y, middle, norms, effort)
+        certified = splits & _certified(asked, x, y, middle, effort)
         good, bad = torch.where(certified, middle, good), torch.where(splits & ~certified, middle, bad)
 
 
-def _prepare(
-    model: nn.Module, x: Tensor, certificate: str | Norms, failure_probability: float, radii: int = 1
-) -> tuple[Graph, Tensor, Norms]:
-    """Network, images and norms of a certificate of that name, good for so many radii."""
-    if isinstance(certificate, str) and certificate not in ("proven", "estimate"):
-        raise ValueError(f"the certificate must be 'proven' or 'estimate', got '{certificate}'")
-    if certificate == "proven":
-        graph, x = in_float64(model, x), x.double()
-        norms = proven_norms(graph, x, len(x), failure_probability, radii + 1)  # one more for the last layer's
-        return graph, x, norms.with_steps(LANCZOS_STEPS[-1])
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of every piece of the images.
+
+    Attributes:
+        graph: the network, in `dtype`.
+        norms: for all images together.
+        dtype: of the images that are walked through.
+        at_a_time: how many.
+        fresh: whether the norms are this call's own, so that start vectors of other images are to be forgotten.
+    """
+
+    graph: Graph
+    norms: Norms
+    dtype: torch.dtype
+    at_a_time: int
+    fresh: bool
+
+    def radii(self, epsilon: float | Tensor, x: Tensor) -> Tensor:
+        """(N,)"""
+        return torch.as_tensor(epsilon, dtype=self.dtype, device=x.device).expand(len(x))
+
+    def in_pieces(self, x: Tensor, ask: Callable[[Tensor, Tensor], Any], progress: bool) -> list[Any]:
+        """Answers to `ask`, which is given images of its own, and their indices among x."""
+
+        def about(part: Tensor) -> Any:
+            if self.fresh and isinstance(self.norms, PowerIteration):
+                self.norms.local_vectors = {}
+            return ask(x[part].to(self.dtype), part)
+
+        return in_pieces(about, len(x), self.at_a_time, x.device, progress)
+
+
+def checked(model: nn.Module, x: Tensor, certificate: str | Norms, failure_probability: float) -> Graph:
+    """The graph of a network that these arguments fit; no norm is computed."""
+    refuse_model(model)
+    refuse_certificate(certificate)
+    refuse_probability(failure_probability)
+    refuse_images(x, model, converted=certificate == "proven")
     graph = Graph.of(model, x)
+    graph.meanings(x, Arithmetic())
+    return graph
+
+
+def _prepare(
+    model: nn.Module, graph: Graph, x: Tensor, certificate: str | Norms, failure_probability: float, radii: int = 1
+) -> _Asked:
+    """What a certificate of that name asks about checked images, good for so many radii."""
+    at_a_time = images_at_a_time(graph, x)
+    if certificate == "proven":
+        graph = in_float64(model, x)
+        # One more radius for the last layer's norms.
+        norms = proven_norms(graph, x[:1].double(), len(x), failure_probability, radii + 1, kept=KEPT)
+        return _Asked(graph, norms.with_steps(LANCZOS_STEPS[-1]), torch.float64, at_a_time, fresh=True)
     graph.refuse_if_unlike(model, x)
-    return graph, x, PowerIteration(_ITERATIONS) if certificate == "estimate" else certificate
+    if certificate == "estimate":
+        return _Asked(graph, PowerIteration(_ITERATIONS), x.dtype, at_a_time, fresh=True)
+    at_a_time = at_a_time if isinstance(certificate, ProvenNorms) else max(1, len(x))
+    return _Asked(graph, certificate, x.dtype, at_a_time, fresh=False)
 
 
 def in_float64(model: nn.Module, x: Tensor) -> Graph:
-    """The graph of a copy of a network in float64, for images x (N, ...).
+    """The graph of a copy of a network in float64, for images x (N, ...) in any precision.
 
     Raises:
-        TypeError: as `Graph.of`, before anything is copied, and where the network gives other logits than the graph.
-        ValueError: as `Graph.meanings`.
+        TypeError: as `Graph.of`, and where the network gives other logits than its graph.
     """
-    Graph.of(model, x).meanings(x, Arithmetic())
-    exact = copy.deepcopy(model).double()
-    graph = Graph.of(exact, x.double())
+    graph = Graph.of(copy.deepcopy(model).double(), x.double())
     graph.refuse_if_unlike(model, x.double())
     return graph
 
 
-def _certified(graph: Graph, x: Tensor, y: Tensor, epsilon: float | Tensor, norms: Norms, effort: str) -> Tensor:
+def _certified(asked: _Asked, x: Tensor, y: Tensor, epsilon: Tensor, effort: str) -> Tensor:
+    graph, norms = asked.graph, asked.norms
     if isinstance(norms, ProvenNorms):
         margin = prove(graph, x, y, epsilon, norms, effort=effort).worst_margin
     else:
         margin = decide([ProductStage("as asked", norms)], graph, x, y, epsilon).worst_margin
     return (margin > 0) & x.flatten(1).isfinite().all(dim=1)
+
+
+def _joined(parts: list[Lipschitz]) -> Lipschitz:
+    """The bounds around all images from those around some at a time."""
+    first = parts[0]
+    return Lipschitz(
+        lipschitz=torch.cat([part.lipschitz for part in parts]),
+        global_lipschitz=first.global_lipschitz,
+        local_norms={at: torch.cat([part.local_norms[at] for part in parts]) for at in first.local_norms},
+        global_norms=first.global_norms,
+    )

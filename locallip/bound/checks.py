@@ -1,270 +1,204 @@
-"""Checks of an operator and of a rule, for those who write their own: what a bound relies on, tried at random.
+"""What the public functions refuse before they compute anything: one line that names what came and the way out.
 
-They can show that something is wrong, not that all is right. All numbers are drawn from a generator of their own.
+A value of another kind is a TypeError, a value that makes no sense a ValueError.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+import math
+import sys
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from locallip.bound.activations import Activation
-from locallip.bound.norms import Arithmetic
-from locallip.bound.operators import LinearOperator
-from locallip.bound.power_iteration import PowerIteration
-from locallip.bound.region import Region
-from locallip.bound.rules import Place, Reshape, describe, meaning_of
-from locallip.bound.walk import propagate
-
-_IMAGES, _SAMPLES = 4, 64
-# Entries of a matrix up to which an operator is written out as one.
-_DENSE = 2**22
+from locallip.bound.layers import ClampGroupSort, Normalize, ReLU_x
 
 
-def check_operator(operator: LinearOperator) -> None:
-    """Try whether an operator keeps what `LinearOperator` promises.
+def refuse_model(model: Any) -> None:
+    """Refuse what is no network, or one whose weights are not all of one floating-point dtype on one device."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}; make one with ()" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"need the network as an nn.Module, got {what}")
+    values = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, value in values.items():
+        if is_lazy(value):
+            raise ValueError(f"{name} has no shape yet: call the network on an image once")
+        if value.is_complex():
+            raise TypeError(f"{name} is {value.dtype}; weights must be real")
+    dtypes = {str(value.dtype): name for name, value in values.items() if value.is_floating_point()}
+    if len(dtypes) > 1:
+        raise TypeError(f"the weights are of several dtypes, {_listed(dtypes)}: call model.float() or model.double()")
+    devices = {str(value.device): name for name, value in values.items()}
+    if len(devices) > 1:
+        raise ValueError(f"the weights are on several devices, {_listed(devices)}: call model.to(device)")
+    if "meta" in devices:
+        raise ValueError("the weights are on the device meta, where they have no values: load them first")
 
-    Shapes, `adjoint` against `apply`, `affine`, `absolute`, `row_norms`, `terms`, `norm_bound` and `weight_gradient`,
-    and that no product changes its input. A small operator is compared with its matrix.
 
-    operator: with a weight in float64.
+def _listed(found: dict[str, str]) -> str:
+    return " and ".join(f"{what} ({name})" for what, name in sorted(found.items()))
 
-    Raises:
-        ValueError: for a weight in another precision.
-        AssertionError: names the first promise that is broken.
+
+def refuse_images(x: Any, model: Any = None, converted: bool = False) -> None:
+    """Refuse what is no dense tensor (N, ...) of floating-point images where the weights of the model are.
+
+    converted: whether images and weights are about to be brought to one dtype, so that theirs may differ.
     """
-    if operator.weight.dtype != torch.float64:
-        raise ValueError("make the operator of a layer in float64: what rounding hides cannot be checked")
-    with torch.no_grad():
-        _OperatorCheck(operator).run()
+    if not isinstance(x, Tensor):
+        raise TypeError(f"need images as a tensor (N, ...), got {type(x).__name__}{_as_tensor('x', x)}")
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError("need images as a dense tensor (N, ...), got a sparse or nested one: call x.to_dense()")
+    if not x.is_floating_point():
+        raise TypeError(f"need images in floating point, got {x.dtype}: hand in x.float() in the network's own range")
+    if x.dim() < 2:
+        raise ValueError(f"need images (N, ...), got the shape {tuple(x.shape)}: one image is x[None]")
+    weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if weight is None:
+        return
+    if weight.device != x.device:
+        raise ValueError(f"the images are on {x.device}, the network on {weight.device}: hand in x.to({weight.device})")
+    if weight.dtype != x.dtype and not converted:
+        raise TypeError(f"the images are {x.dtype}, the weights {weight.dtype}: hand in x.to({weight.dtype})")
 
 
-def check_rule(layer: nn.Module, shape: Sequence[int]) -> None:
-    """Try whether the rule of a layer says what the layer computes.
+def refuse_epsilon(epsilon: Any, x: Tensor) -> None:
+    """Refuse what is no finite L2 radius of at least 0, one for all images x (N, ...) or one per image (N,)."""
+    if not isinstance(epsilon, Tensor):
+        if not 0 <= _number("epsilon", epsilon) < math.inf:
+            raise ValueError(f"epsilon must not be negative, NaN or infinite, got {epsilon}")
+        return
+    if not epsilon.is_floating_point():
+        raise TypeError(f"epsilon must be in floating point, got {epsilon.dtype}: hand in epsilon.to(x.dtype)")
+    if epsilon.shape not in ((), (len(x),)):
+        raise ValueError(f"need one epsilon, or one per image, got {tuple(epsilon.shape)} for {len(x)} images")
+    good = (epsilon >= 0) & epsilon.isfinite()
+    if not good.all():
+        raise ValueError(f"epsilon must not be negative, NaN or infinite, got {epsilon[~good][0].item()}")
 
-    What an operator is promised to be (see `check_operator`), or an activation: its range over a box, which outputs can
-    vary in it, and how steep it is there. Then points of a ball around random images against ball and box behind the
-    layer, and training mode: either the rule refuses it, or the layer computes the same there. The layer itself is left
-    as it is.
 
-    shape: of one image's activations before the layer, without the batch, such as (C, H, W).
+def refuse_labels(y: Any, x: Tensor, classes: int) -> None:
+    """Refuse labels that are not (N,) int64 where the images x (N, ...) are, or name none of so many classes."""
+    refuse_classes(classes)
+    if not isinstance(y, Tensor):
+        raise TypeError(f"need one label per image, (N,) int64, got {type(y).__name__}{_as_tensor('y', y)}")
+    if y.dtype != torch.int64:
+        raise TypeError(f"need one label per image, (N,) int64, got {y.dtype}: hand in y.long() if these are labels")
+    if y.shape != (len(x),):
+        raise ValueError(f"need one label per image, (N,) int64, got {tuple(y.shape)} for {len(x)} images")
+    if y.device != x.device:
+        raise ValueError(f"the labels are on {y.device}, the images on {x.device}: hand in y.to(x.device)")
+    outside = y[(y < 0) | (y >= classes)]
+    if len(outside):
+        raise ValueError(f"labels must lie between 0 and {classes - 1}, got {outside[0].item()}")
 
-    Raises:
-        TypeError: if there is no rule for exactly this type.
-        AssertionError: names the layer and the first thing that is wrong.
+
+def refuse_classes(classes: int) -> None:
+    """Refuse a network with so few logits that no label can be wrong."""
+    if classes < 2:
+        raise ValueError(f"a label needs two logits or more, got {classes}: make of one logit f the two -f, f")
+
+
+def refuse_certificate(certificate: Any) -> None:
+    """Refuse what is neither the name of a certificate nor an object that answers for norms."""
+    if not isinstance(certificate, str):
+        if not all(hasattr(certificate, name) for name in ("arithmetic", "local_ball", "whole", "masked")):
+            what = type(certificate).__name__
+            raise TypeError(f"the certificate must be 'proven', 'estimate' or an object such as `Norms`, got {what}")
+    elif certificate not in ("proven", "estimate"):
+        raise ValueError(f"the certificate must be 'proven' or 'estimate', got '{certificate}'")
+
+
+def refuse_probability(probability: Any) -> None:
+    """Refuse what is no failure probability between 0 and 1."""
+    if not 0 < _number("the failure probability", probability) < 1:
+        raise ValueError(f"the failure probability must lie between 0 and 1, got {probability}")
+
+
+def refuse_search(tolerance: Any, limit: Any) -> None:
+    """Refuse ends of a search for a radius that are not finite and above 0."""
+    ends = _number("the tolerance", tolerance), _number("the limit", limit)
+    if not all(0 < end < math.inf for end in ends):
+        raise ValueError(f"tolerance and limit must be finite and above 0, got {tolerance} and {limit}")
+
+
+def refuse_width(layer: nn.Module, position: int | str, shape: torch.Size) -> None:
+    """Refuse activations of another width than a layer takes, with a ValueError that names both.
+
+    shape: of one image's activations before the layer.
     """
-    layer = copy.deepcopy(layer).double().eval().requires_grad_(False)
-    check = _RuleCheck(layer, torch.Size(shape))
-    with torch.no_grad():
-        check.meaning_computes_what_the_layer_computes()
-        check.training_mode()
-    check.ball_and_box()
+    expected = _expected(layer, shape)
+    if expected is None or _fits(expected, shape):
+        return
+    one_image = isinstance(layer, nn.modules.conv._ConvNd) and len(shape) == len(expected) - 1
+    hint = "; one image is x[None]" if one_image else ""
+    name = f"{type(layer).__name__} at position {position}"
+    raise ValueError(f"{name} takes (N, {_sizes(expected)}), but gets (N, {_sizes(shape)}){hint}")
 
 
-def _require(holds: Tensor | bool, what: str) -> None:
-    if not bool(torch.as_tensor(holds).all()):
-        raise AssertionError(what)
+def refuse_no_outputs(layer: nn.Module, position: int | str, shape: torch.Size, behind: torch.Size) -> None:
+    """Refuse activations that are so small that nothing of them is left behind a layer, with a ValueError."""
+    if any(size < 1 for size in behind):
+        raise ValueError(f"{type(layer).__name__} at position {position} leaves nothing of (N, {_sizes(shape)})")
 
 
-def _close(x: Tensor, y: Tensor) -> bool:
-    return x.shape == y.shape and torch.allclose(x, y, rtol=1e-9, atol=1e-9 * float(1 + y.abs().max()))
+# Axes of the images of a convolution, of 1, 2 and 3 dimensions.
+_AXES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
 
 
-class _Random:
-    """Numbers that are the same every time."""
-
-    def __init__(self):
-        self._generator = torch.Generator().manual_seed(0)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self._generator, dtype=torch.float64)
-
-    def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self._generator, dtype=torch.float64)
-
-
-class _OperatorCheck:
-    def __init__(self, operator: LinearOperator):
-        self.operator, self.name = operator, f"{type(operator).__name__} at position {operator.position}"
-        random = _Random()
-        self.random = random
-        self.x, self.other = random.normal(2, _IMAGES, *operator.input_shape)
-        self.y = random.normal(_IMAGES, *operator.output_shape)
-
-    def run(self) -> None:
-        self.shapes()
-        self.inputs_stay_as_they_are()
-        self.linear()
-        self.sizes()
-        self.weight_gradient()
-        inputs, outputs = self.operator.input_shape.numel(), self.operator.output_shape.numel()
-        if inputs * outputs <= _DENSE:
-            self.matrix()
-
-    def require(self, holds: Tensor | bool, what: str) -> None:
-        _require(holds, f"{self.name}: {what}")
-
-    def shapes(self) -> None:
-        operator = self.operator
-        for name in ("apply", "affine", "absolute"):
-            shape = getattr(operator, name)(self.x).shape
-            self.require(shape == self.y.shape, f"`{name}` gives {tuple(shape)}, not {tuple(self.y.shape)}")
-        shape = operator.adjoint(self.y).shape
-        self.require(shape == self.x.shape, f"`adjoint` gives {tuple(shape)}, not {tuple(self.x.shape)}")
-
-    def inputs_stay_as_they_are(self) -> None:
-        for name, given in (("apply", self.x), ("affine", self.x), ("absolute", self.x), ("adjoint", self.y)):
-            before = given.clone()
-            getattr(self.operator, name)(given)
-            self.require(torch.equal(before, given), f"`{name}` changes its input")
-
-    def linear(self) -> None:
-        operator, x, other, y = self.operator, self.x, self.other, self.y
-        image = operator.apply(x)
-        self.require(_close(operator.apply(2 * x - other), 2 * image - operator.apply(other)), "`apply` is not linear")
-        products = [(a * b).flatten(1).sum(dim=1) for a, b in ((image, y), (x, operator.adjoint(y)))]
-        self.require(_close(*products), "`adjoint` is not the transpose of `apply`")
-        constant = operator.affine(x) - image
-        self.require(_close(constant, constant[:1].expand_as(constant)), "`affine` less `apply` depends on x")
-        self.require(_close(constant, operator.affine(torch.zeros_like(x))), "`affine` is not `apply` plus a bias")
-        self.require(_close(operator.scaled.apply(x) * operator.scale, image), "`with_weight` does not scale `apply`")
-
-    def sizes(self) -> None:
-        operator, x = self.operator, self.x
-        self.require(operator.absolute(x.abs()) >= operator.apply(x).abs() * (1 - 1e-9), "`absolute` is below |W x|")
-        entries = operator.absolute_operator()
-        self.require(_close(entries.apply(x), operator.absolute(x)), "`absolute_operator` does not apply `absolute`")
-        bound, gain = float(operator.norm_bound()), self.gain()
-        self.require(gain <= bound * (1 + 1e-9), f"`norm_bound` is {bound:.6g}, but a vector grows by {gain:.6g}")
-
-    def gain(self) -> float:
-        """By how much vectors grow that power iteration finds."""
-        u = self.x
-        for _ in range(50):
-            u = u / u.flatten(1).norm(dim=1).clamp(min=1e-300).view(-1, *[1] * (u.dim() - 1))
-            image = self.operator.apply(u)
-            u = self.operator.adjoint(image)
-        return float(image.flatten(1).norm(dim=1).max())
-
-    def weight_gradient(self) -> None:
-        operator = self.operator
-        found = operator.weight_gradient(self.x, self.y)
-        shape = operator.weight.shape
-        self.require(found.shape == shape, f"`weight_gradient` gives {tuple(found.shape)}, not {tuple(shape)}")
-        step = self.random.normal(*shape)
-        # The product is linear in the weight, so that a step of any length will do.
-        ends = [operator.with_weight(operator.weight + sign * step).apply(self.x) for sign in (1, -1)]
-        seen = ((ends[0] - ends[1]) * self.y).sum() / 2
-        self.require(_close((found * step).sum(), seen), "`weight_gradient` is not the gradient of y . (W x)")
-
-    def matrix(self) -> None:
-        operator = self.operator
-        size = operator.input_shape.numel()
-        basis = torch.eye(size, dtype=torch.float64).view(size, *operator.input_shape)
-        matrix = operator.apply(basis).flatten(1).T  # (outputs, inputs)
-        self.require(
-            _close(operator.absolute(basis).flatten(1).T, matrix.abs()), "`absolute` is not |W| entry by entry"
-        )
-        norms = matrix.norm(dim=1).view(1, *operator.output_shape)
-        self.require(operator.row_norms() >= norms * (1 - 1e-9), "`row_norms` are below those of the rows")
-        for dim, terms, name in ((1, operator.terms[0], "row"), (0, operator.terms[1], "column")):
-            most = int((matrix != 0).sum(dim=dim).max())
-            self.require(most <= terms, f"`terms` says {terms} for a {name}, but there are {most}")
+def _expected(layer: nn.Module, shape: torch.Size) -> tuple[int | str, ...] | None:
+    """Sizes that a layer takes, a letter for any; None: whatever comes, or nobody knows."""
+    if isinstance(layer, nn.Linear):
+        # What else it needs says its rule.
+        return (layer.in_features,) if len(shape) == 1 else None
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return layer.in_channels, *_AXES[len(layer.kernel_size)]
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        return layer.num_features, *_AXES.get(len(shape) - 1, ())
+    if isinstance(layer, Normalize):
+        channels = max(len(layer.mean), len(layer.std))
+        return "C" if channels == 1 else channels, "H", "W"
+    if isinstance(layer, ReLU_x):
+        return tuple(map(_or_any, layer.threshold.shape[1:]))
+    if isinstance(layer, ClampGroupSort):
+        pairs, *rest = map(_or_any, layer.min.shape[1:])
+        return pairs if isinstance(pairs, str) else 2 * pairs, *rest
+    return None
 
 
-class _RuleCheck:
-    def __init__(self, layer: nn.Module, shape: torch.Size):
-        self.layer, self.shape, self.random = layer, shape, _Random()
-        self.place = Place(0, shape, torch.zeros((), dtype=torch.float64), Arithmetic())
-        self.meaning = meaning_of(layer, self.place)
-        self.x = self.random.normal(_IMAGES, *shape)
-
-    def require(self, holds: Tensor | bool, what: str) -> None:
-        _require(holds, f"{describe(0, self.layer)}: {what}")
-
-    def meaning_computes_what_the_layer_computes(self) -> None:
-        before, expected = self.x.clone(), self.layer(self.x.clone())
-        if isinstance(self.meaning, LinearOperator):
-            check_operator(self.meaning)
-            found, shape = self.meaning.affine(self.x), self.meaning.output_shape
-        elif isinstance(self.meaning, Activation):
-            self.activation(self.meaning)
-            found, shape = self.meaning(self.x), self.meaning.shape_behind(self.shape)
-        else:
-            found, shape = self.reshaped(self.meaning), expected.shape[1:]
-        self.require(torch.equal(before, self.x), "the rule's function changes its input")
-        self.require(shape == expected.shape[1:], f"the rule says that it makes {tuple(shape)} of an image")
-        self.require(_close(found, expected), "the rule's function computes something else than the layer")
-
-    def reshaped(self, meaning: Reshape) -> Tensor:
-        found = meaning.function(self.x.clone())
-        self.require(torch.equal(found.flatten(1), self.x.flatten(1)), "a `Reshape` keeps entries and their order")
-        return found
-
-    # --- activations
-
-    def activation(self, activation: Activation) -> None:
-        for width in (1e-3, 0.3, 3.0):
-            half = width * self.random.uniform(*self.x.shape)
-            middle = self.x + half * (2 * self.random.uniform(*self.x.shape) - 1)
-            self.over_a_box(activation, Region(self.x, middle - half, middle + half))
-        nan = torch.full_like(self.x, torch.nan)
-        self.require(activation.varying(nan, nan), "where the box is NaN, every output must count as varying")
-
-    def over_a_box(self, activation: Activation, region: Region) -> None:
-        share = self.random.uniform(_SAMPLES, *region.lower.shape)
-        share[::2] = share[::2].round()
-        points = region.lower + share * (region.upper - region.lower)  # (S, N, ...) inside, and corners
-        outputs = _each(activation, points)
-        behind, varying = activation.behind(region, fuse=False)
-        inside = (behind.lower - 1e-12 <= outputs) & (outputs <= behind.upper + 1e-12)
-        self.require(inside, "an output leaves the box that the rule puts behind the layer")
-        constant = (outputs == outputs[0]).all(dim=0)
-        self.require(constant | varying, "an output changes that the rule says cannot vary")
-        steepness, most = activation.steepness(region), activation.lipschitz * (1 + 1e-9)
-        self.require(torch.as_tensor(steepness) <= most, "the rule's constant in a box is above that everywhere")
-        # Two points of the box: at random, and apart in one entry alone.
-        entry = torch.randint(points[0, 0].numel(), (_SAMPLES,), generator=self.random._generator)
-        alone = points.flatten(2).clone()
-        others = points.roll(1, 0).flatten(2)
-        alone[range(_SAMPLES), :, entry] = others[range(_SAMPLES), :, entry]
-        for there in (points.roll(1, 0), alone.view_as(points)):
-            rise = (_each(activation, there) - outputs).flatten(2).norm(dim=2)
-            run = (there - points).flatten(2).norm(dim=2)
-            within = rise <= run * steepness * (1 + 1e-9) + 1e-12
-            self.require(within, "two points of a box move apart by more than the rule's Lipschitz constant")
-
-    # --- as a part of a network
-
-    def ball_and_box(self, epsilon: float = 0.3) -> None:
-        features = self.layer(self.x).flatten(1).shape[1]
-        model = nn.Sequential(self.layer, nn.Flatten(), nn.Linear(features, 2)).double().eval()
-        with torch.no_grad():
-            bound = propagate(model, self.x, epsilon, PowerIteration(500))
-            step = self.random.normal(_SAMPLES, *self.x.shape)
-            step = epsilon * step / step.flatten(2).norm(dim=2).view(_SAMPLES, -1, *[1] * len(self.shape))
-            hidden = _each(model[:-1], self.x + step)
-        self.require(
-            (bound.lower - 1e-9 <= hidden) & (hidden <= bound.upper + 1e-9),
-            "a point of a ball leaves the box behind it",
-        )
-        distance = (hidden - bound.center).norm(dim=2)
-        self.require(distance <= bound.radius * (1 + 1e-3) + 1e-9, "a point of a ball leaves the ball behind it")
-
-    def training_mode(self) -> None:
-        expected = self.layer(self.x.clone())
-        training = copy.deepcopy(self.layer).train()
-        try:
-            meaning_of(training, self.place)
-        except ValueError:
-            return
-        same = _close(training(self.x.clone()), expected)
-        self.require(same, "it computes otherwise in training mode, which the rule has to refuse with a ValueError")
+def _or_any(size: int) -> int | str:
+    """Along an axis with one threshold all entries share it."""
+    return "*" if size == 1 else size
 
 
-def _each(function: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
-    """What a function of (N, ...) makes of points (S, N, ...)."""
-    return function(points.flatten(0, 1)).unflatten(0, points.shape[:2])
+def _fits(expected: tuple[int | str, ...], shape: torch.Size) -> bool:
+    same_axes = len(expected) == len(shape)
+    return same_axes and all(isinstance(want, str) or want == size for want, size in zip(expected, shape))
+
+
+def _sizes(shape: Iterable[int | str]) -> str:
+    return ", ".join(map(str, shape))
+
+
+# Integers beyond it are no finite floating-point numbers.
+_LARGEST = int(sys.float_info.max)
+
+
+def _number(name: str, value: Any) -> Any:
+    is_number = isinstance(value, int | float) or (isinstance(value, Real) and hasattr(value, "dtype"))
+    if isinstance(value, bool) or not is_number:
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}{_as_tensor(name, value)}")
+    return math.inf if isinstance(value, int) and abs(value) > _LARGEST else value
+
+
+def _as_tensor(name: str, value: Any) -> str:
+    """The way out for what could be a tensor."""
+    convertible = isinstance(value, list | tuple) or type(value).__module__.partition(".")[0] == "numpy"
+    if not convertible or " " in name:
+        return ""
+    dtype = ", dtype=x.dtype" if name == "epsilon" else ""
+    name = "labels" if name == "y" else name
+    return f": hand in torch.tensor({name}{dtype})"

@@ -19,6 +19,7 @@ class Scaling(LinearOperator):
     two may be None.
     """
 
+    told_by_weight = True
     norm_bound_is_exact = True
 
     def __init__(
@@ -144,7 +145,10 @@ class Sum(LinearOperator):
         return self._with(Branch(tuple(next(changed) for _ in b.operators), b.coefficient) for b in self.branches)
 
     def geometry(self) -> tuple:
-        return tuple((type(part), part.input_shape, part.output_shape, part.geometry()) for part in self._parts())
+        return tuple(
+            (type(part), part.weight.shape, part.input_shape, part.output_shape, part.geometry())
+            for part in self._parts()
+        )
 
     def apply(self, x: Tensor) -> Tensor:
         return self._through(x, "apply")

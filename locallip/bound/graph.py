@@ -19,6 +19,7 @@ from locallip.bound import (  # noqa: F401 - what they register
 from locallip.bound.activations import Activation
 from locallip.bound.affine import is_affine, with_sums
 from locallip.bound.capture import capture
+from locallip.bound.checks import refuse_width
 from locallip.bound.nodes import IMAGES, Node, Obstacle, Refusal
 from locallip.bound.norms import Arithmetic
 from locallip.bound.operators import Dense, LinearOperator, Position
@@ -117,8 +118,8 @@ class Graph:
 
         Raises:
             TypeError: names the first layer without a rule and its position; no layer is ever skipped.
-            ValueError: names a layer in training mode, images of another shape than the network was run on, or weights
-                that have changed since it computed others from them.
+            ValueError: names a layer in training mode, or one that takes activations of another width; or for images of
+                another shape than the network was run on, or weights that have changed since others came from them.
         """
         self._refuse_others(x)
         shape, result = x.shape[1:], []
@@ -127,6 +128,7 @@ class Graph:
             meaning = meaning_of(node.layer, Place(node.position, shape, x, arithmetic))
             shape = _shape_behind(meaning, shape, x)
             result.append((node.position, meaning))
+        refuse_width(self.last.layer, self.last.position, self.last.shape or shape)
         return result
 
     def _refuse_others(self, x: Tensor) -> None:
@@ -142,6 +144,11 @@ class Graph:
     def activations(self, x: Tensor) -> list[Activation]:
         """The activations in order, for images x (N, ...); errors as `meanings`."""
         return [m for _, m in self.meanings(x, Arithmetic()) if isinstance(m, Activation)]
+
+    @property
+    def classes(self) -> int:
+        """How many logits it has."""
+        return len(self.last.layer.weight)
 
     def last_operator(self) -> Dense:
         """The linear layer that makes the logits."""

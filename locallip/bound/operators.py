@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +35,11 @@ class LinearOperator(ABC):
             None: nothing. Dense layers take no notice.
         position: where the layer stands in the network.
         input_shape, output_shape: shapes of one image's activations before and after, without the batch.
+        told_by_weight: whether operators of exactly this class that agree in shapes, weight and `geometry` are the
+            same W, so that its norm may be kept for the next call; a subclass says so for itself.
     """
 
+    told_by_weight: ClassVar[bool] = False
     weight: Tensor
     bias: Tensor | None
     bias_size: Tensor | None = None
@@ -145,6 +149,7 @@ class Dense(LinearOperator):
     """A matrix. weight: (H_out, H_in), bias: (H_out,) or None."""
 
     norm_bound_is_exact = True
+    told_by_weight = True
 
     def __init__(self, weight: Tensor, bias: Tensor | None, position: Position):
         self.weight, self.bias, self.position = weight, bias, position
@@ -182,6 +187,8 @@ class Conv(LinearOperator):
 
     In two: weight: (C_out, C_in / groups, kh, kw), bias: (C_out,) or None, input_shape: (C_in, H, W).
     """
+
+    told_by_weight = True
 
     def __init__(
         self,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from locallip.bound.activations import Activation
+from locallip.bound.checks import refuse_epsilon, refuse_images, refuse_labels
 from locallip.bound.dual.around import is_chain
 from locallip.bound.graph import Graph
+from locallip.bound.kept_norms import KeptNorms
 from locallip.bound.precision import own_precision
 from locallip.bound.proven_norms import ProvenNorms
 from locallip.bound.stages import DualStage, ProductStage, Question, Stage
@@ -65,6 +66,7 @@ def proven_norms(
     radii: int = 1,
     seed: int | None = None,
     deployed: str = "exact",
+    kept: KeptNorms | None = None,
 ) -> ProvenNorms:
     """Norms whose budget covers `prove` on so many images, at so many radii each.
 
@@ -72,7 +74,7 @@ def proven_norms(
     """
     local_stages = sum(steps > 0 for steps in LANCZOS_STEPS)
     planned = images * radii * len(Graph.of(model, x).operators(x)) * local_stages
-    return ProvenNorms(failure_probability, planned, seed=seed, deployed=deployed)
+    return ProvenNorms(failure_probability, planned, seed=seed, deployed=deployed, kept=kept)
 
 
 @dataclass
@@ -123,6 +125,7 @@ def prove(
 
     model, x: float64. norms: see `proven_norms`. Arguments and errors otherwise are those of `decide`.
     """
+    refuse_images(x, model)
     graph = Graph.of(model, x)
     if graph is not model:
         graph.refuse_if_unlike(model, x)
@@ -152,10 +155,12 @@ def decide(
     Arguments otherwise and errors are those of `propagate`.
 
     Raises:
-        ValueError: for labels that are not (N,) int64 or name no class.
+        TypeError, ValueError: for labels that are not (N,) int64 or name no class.
     """
+    refuse_images(x, model)
     graph = Graph.of(model, x)
-    refuse_labels(y, x, graph.last.layer.out_features)
+    refuse_labels(y, x, graph.classes)
+    refuse_epsilon(epsilon, x)
     epsilon = torch.as_tensor(epsilon, dtype=x.dtype, device=x.device).expand(len(x))
     question = Question(graph, x, y, epsilon, clip)
     places, carried = torch.arange(len(x), device=x.device), None
@@ -166,7 +171,7 @@ def decide(
         if number and stage.costly and fallen is not None:
             left = (~fallen[places]).nonzero().squeeze(1)
             places, question, carried = places[left], question.take(left), carried and carried.take(left)
-        if not len(places):
+        if number and not len(places):
             break
         started = time.perf_counter()
         with own_precision(x.device):
@@ -187,15 +192,3 @@ def decide(
 
 def _names(stages: Sequence[Stage]) -> tuple[str, ...]:
     return tuple(stage.name for stage in stages)
-
-
-def refuse_labels(y: Any, x: Tensor, classes: int) -> None:
-    """Refuse labels that are not (N,) int64 for N > 0 images, or not below the number of classes, by a ValueError."""
-    if not isinstance(y, Tensor):
-        raise ValueError(f"need one label per image, a tensor (N,) int64, got {type(y).__name__}")
-    if y.shape != (len(x),) or y.dtype != torch.int64:
-        raise ValueError(f"need one label per image, (N,) int64, got {tuple(y.shape)} {y.dtype} for {len(x)} images")
-    if not len(y):
-        raise ValueError("there are no images to decide about")
-    if y.min() < 0 or y.max() >= classes:
-        raise ValueError(f"labels must lie between 0 and {classes - 1}, got {int(y.min())} to {int(y.max())}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from locallip.bound.activations import Activation
+from locallip.bound.checks import refuse_no_outputs, refuse_width
 from locallip.bound.joins import Join
 from locallip.bound.nodes import Obstacle, Refusal
 from locallip.bound.norms import Arithmetic
@@ -72,11 +73,15 @@ def meaning_of(layer: nn.Module, place: Place) -> Meaning:
 
     Raises:
         TypeError: if its type has no rule, or the rule does not know such settings; names layer and position.
-        ValueError: if it is in training mode and computes otherwise there.
+        ValueError: if it is in training mode and computes otherwise there, or takes activations of another width.
     """
     if not has_rule(layer):
         raise Refusal([no_rule(layer, place.position)])
-    return _RULES[type(layer)](layer, place)
+    refuse_width(layer, place.position, place.shape)
+    meaning = _RULES[type(layer)](layer, place)
+    if isinstance(meaning, LinearOperator):
+        refuse_no_outputs(layer, place.position, place.shape, meaning.output_shape)
+    return meaning
 
 
 def has_rule(layer: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from locallip.bound.activations import Activation
 from locallip.bound.bound import Bound, HiddenLayer
+from locallip.bound.checks import refuse_epsilon, refuse_images, refuse_model
 from locallip.bound.graph import Graph
 from locallip.bound.joins import Join
 from locallip.bound.nodes import IMAGES
@@ -59,13 +60,16 @@ def propagate(
         keep_layers: asks for `Bound.layers`, which takes the memory of all activations.
 
     Raises:
-        TypeError: names the first layer without a rule and its position; no layer is ever skipped.
-        ValueError: for an epsilon that is negative or NaN, an x outside of `clip`, a `sparse_threshold` without a box,
-            batch normalisation or dropout in training mode, or an activation whose rounding nobody knows in a proof.
+        TypeError: names the first layer without a rule and its position; no layer is ever skipped. For what is no
+            network, no images or no epsilon (see `checks`).
+        ValueError: for an epsilon that is negative, NaN or infinite, images of another shape, an x outside of `clip`, a
+            `sparse_threshold` without a box, batch normalisation or dropout in training mode, or an activation whose
+            rounding nobody knows in a proof.
     """
-    valid = (epsilon >= 0).all() if isinstance(epsilon, Tensor) else epsilon >= 0
-    if not valid:
-        raise ValueError(f"epsilon must not be negative, got {epsilon}")
+    if not isinstance(model, Graph):
+        refuse_model(model)
+    refuse_images(x, model)
+    refuse_epsilon(epsilon, x)
     epsilon = torch.as_tensor(epsilon, dtype=x.dtype, device=x.device).expand(len(x))
     if clip is not None and ((x < clip[0]) | (x > clip[1])).any():
         raise ValueError(f"an image has values outside of {clip}")
@@ -160,7 +164,7 @@ class _Walk:
         state = self._stretched(state, activation)
         if self._allows:
             self._refuse_unknown_rounding(position, activation)
-            error, entries = activation.error(region), region.center[0].numel()
+            error, entries = activation.error(region), region.center.shape[1:].numel()
             region = region.widened(error)
             rounding = state.rounding.behind_activation(error, entries, activation.lipschitz)
             deployed = state.deployed.behind_activation(0.0, entries, activation.lipschitz)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -18,9 +20,41 @@ def worst_logits(bound: Bound, y: Tensor, rounds: int = 1) -> Tensor:
 
     y: (N,) labels. rounds: how often entries that leave the box are pinned to its face.
     """
+    images, classes = len(y), len(bound.last.weight)
+    images_at_once, classes_at_once = _at_once(bound)
+    if (images <= images_at_once and classes <= classes_at_once) or torch.is_grad_enabled():
+        return _worst_of_classes(bound, y, slice(None), rounds)
+    found = []
+    for part in torch.arange(images, device=y.device).split(images_at_once):
+        some, labels = _take(bound, part), y[part]
+        pieces = [slice(first, first + classes_at_once) for first in range(0, classes, classes_at_once)]
+        found.append(torch.cat([_worst_of_classes(some, labels, piece, rounds) for piece in pieces], dim=1))
+    return torch.cat(found)
+
+
+# Bytes of tensors (N, K, H) at a time, and how many of these there are.
+_MEMORY, _TENSORS = 2**28, 10
+
+
+def _at_once(bound: Bound) -> tuple[int, int]:
+    """How many images, and how many classes of each, fit into memory."""
+    classes, width = bound.last.weight.shape
+    entries = max(1, _MEMORY // (_TENSORS * max(4, bound.center.element_size()) * max(1, width)))
+    return max(1, entries // classes), min(classes, entries)
+
+
+def _take(bound: Bound, images: Tensor) -> Bound:
+    """The part of a bound that worst cases are made of, for some of its images."""
+    names = "logits", "center", "lower", "upper", "radius", "logit_rounding"
+    values = {name: getattr(bound, name) for name in names}
+    return replace(bound, **{name: None if value is None else value[images] for name, value in values.items()})
+
+
+def _worst_of_classes(bound: Bound, y: Tensor, classes: slice, rounds: int) -> Tensor:
+    """The columns of `worst_logits` of some classes: (N, k)."""
     wide = torch.promote_types(bound.center.dtype, torch.float32)  # squares of half precision are numbers in float32
     weight, radius = bound.last.weight.to(wide), bound.radius.to(wide)[:, None, None]
-    direction = weight - weight[y].unsqueeze(1)  # (N, K, H)
+    direction = weight[classes] - weight[y].unsqueeze(1)  # (N, k, H)
     to_upper = (bound.upper - bound.center).to(wide).unsqueeze(1)  # (N, 1, H)
     to_lower = (bound.lower - bound.center).to(wide).unsqueeze(1)
     face = torch.where(direction > 0, to_upper, to_lower)  # (N, K, H) where the box ends in that direction
@@ -31,7 +65,7 @@ def worst_logits(bound: Bound, y: Tensor, rounds: int = 1) -> Tensor:
     radius_left = radius.squeeze(2) ** 2 - torch.where(pinned, face, 0).square().sum(dim=2)
     unpinned = torch.where(pinned, 0, direction)
     free = unpinned.square().sum(dim=2)
-    worst = bound.logits + on_faces + _sqrt(radius_left) * _sqrt(free)
+    worst = bound.logits[:, classes] + on_faces + _sqrt(radius_left) * _sqrt(free)
     if bound.logit_rounding is None:
         smallest = torch.finfo(worst.dtype).tiny
         lost = (radius.squeeze(2) > 0) & (radius.squeeze(2) ** 2 < smallest)
@@ -39,7 +73,7 @@ def worst_logits(bound: Bound, y: Tensor, rounds: int = 1) -> Tensor:
         return torch.where(lost, torch.nan, worst)
     # A margin is off by what its two logits are off by.
     rounding = bound.logit_rounding + bound.logit_rounding.gather(1, y[:, None])
-    return worst + rounding.scatter(1, y[:, None], 0)
+    return worst + rounding.scatter(1, y[:, None], 0)[:, classes]
 
 
 # Rounds of pinning between two looks at whether anything still leaves the box: a GPU is waited for at every look.

@@ -18,6 +18,7 @@ from local_bound import (
     proven_norms,
     rule,
 )
+from locallip.bound import rules
 from locallip.bound.nodes import Refusal
 
 
@@ -198,7 +199,9 @@ def test_a_layer_that_is_used_twice_has_two_places():
     assert_same_bound(model, nn.Sequential(first, nn.ReLU(), first, nn.ReLU(), last), x)
 
 
-def test_a_layer_with_a_rule_of_the_users_stays_one_layer():
+def test_a_layer_with_a_rule_of_the_users_stays_one_layer(monkeypatch):
+    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
+
     class Sparse(nn.Module):
         def forward(self, x):
             return torch.where(x > 0.1, x, torch.zeros_like(x) + 0.1)  # no call of these has a rule

@@ -16,9 +16,10 @@ from oracles import (
     with_spectrum,
 )
 
+from locallip.bound.budget import Budget
 from locallip.bound.norms import Arithmetic
 from locallip.bound.operators import Conv, Dense
-from locallip.bound.proven_norms import Budget, ProvenNorms, sure_bound
+from locallip.bound.proven_norms import ProvenNorms, sure_bound
 from locallip.bound.rounding import FLOAT32, FLOAT64
 
 

@@ -11,8 +11,8 @@ from locallip.bound.dual.chain import Chain
 from locallip.bound.dual.proof import proven_margin
 from locallip.bound.dual.search import search
 
-# Questions that are searched together.
-_TOGETHER = 32
+# Questions that are searched together: at most, in how many tensors as large as all activations, in how many bytes.
+_TOGETHER, _TENSORS, _MEMORY = 32, 40, 2**28
 
 
 @dataclass
@@ -66,7 +66,7 @@ def prove_classes(
 def _ask(
     chain: Chain, y: Tensor, asked: Tensor, margins: Tensor, besides: Tensor, iterations: int, answer: Answer
 ) -> None:
-    for images, others in zip(*(part.split(_TOGETHER) for part in asked.nonzero(as_tuple=True))):
+    for images, others in zip(*(part.split(_together(chain)) for part in asked.nonzero(as_tuple=True))):
         around, label = chain.take(images), y[images]
         slope = chain.weight[others] - chain.weight[label]
         margin = margins[images, others] - besides[images, others]
@@ -82,6 +82,11 @@ def _ask(
             answer.margin[at] = proven_margin(
                 around.take(done), label[done], others[done], found.multipliers, besides[at]
             )
+
+
+def _together(chain: Chain) -> int:
+    entries = sum(x[0].numel() for x in (chain.x, *(layer.center for layer in chain.hidden)))
+    return max(1, min(_TOGETHER, _MEMORY // (8 * _TENSORS * entries)))
 
 
 def _logits(chain: Chain) -> Tensor:
