@@ -25,7 +25,9 @@ from oracles import (
 from torch import nn
 
 from local_bound import (
+    Arithmetic,
     Elementwise,
+    Graph,
     GroupSort,
     MaxMin,
     Normalize,
