@@ -189,7 +189,9 @@ class Graph:
 def _value(meaning: Meaning, inputs: list[Tensor]) -> Tensor:
     if isinstance(meaning, LinearOperator):
         return meaning.affine(*inputs)
-    return meaning.function(*inputs) if isinstance(meaning, Reshape) else meaning(*inputs)
+    if isinstance(meaning, Reshape):
+        return meaning.function(*inputs)
+    return meaning(*(x.clone() for x in inputs))  # a user's may work in place
 
 
 def _shape_behind(meaning: Meaning, shape: torch.Size, x: Tensor) -> torch.Size:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from torch.nn.modules import module as hooks_of_all
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune
 
+from locallip.bound.checks import refuse_model
 from locallip.bound.nodes import Obstacle, Refusal
 from locallip.bound.rules import class_is_patched, describe
 
@@ -26,11 +26,10 @@ def refuse_what_computes_otherwise(model: nn.Module) -> None:
     """Refuse a network with modules that do not compute what their classes say.
 
     Raises:
-        TypeError: if it is no module.
+        TypeError, ValueError: if it is no module, or its weights are none (see `checks.refuse_model`).
         Refusal: names all such modules, each with its place and a way out.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the network must be an nn.Module, got {type(model).__name__}")
+    refuse_model(model)
     obstacles = [*_of_all_modules(), *_of("", model)]
     if obstacles:
         raise Refusal(obstacles)
@@ -52,8 +51,6 @@ def _of(path: str, module: nn.Module) -> Iterator[Obstacle]:
         yield Obstacle(f"{where} {what} ({kind})", way_out)
     elif isinstance(module, torch.jit.ScriptModule):
         yield Obstacle(f"{where} is TorchScript, which cannot be read", "hand over the module that it was made of")
-    elif any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
-        yield Obstacle(f"{where} is lazy and has no weights yet", "run the network once on an image")
     elif parametrize.is_parametrized(module):
         at = f"model.get_submodule('{path}')" if path else "model"
         for name in module.parametrizations:
