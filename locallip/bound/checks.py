@@ -162,7 +162,8 @@ def _expected(layer: nn.Module, shape: torch.Size) -> tuple[int | str, ...] | No
         channels = max(len(layer.mean), len(layer.std))
         return "C" if channels == 1 else channels, "H", "W"
     if isinstance(layer, ReLU_x):
-        return tuple(map(_or_any, layer.threshold.shape[1:]))
+        sizes = tuple(map(_or_any, layer.threshold.shape[1:]))
+        return (*"*" * (len(shape) - len(sizes)), *sizes)  # fewer axes broadcast along the last ones
     if isinstance(layer, ClampGroupSort):
         pairs, *rest = map(_or_any, layer.min.shape[1:])
         return pairs if isinstance(pairs, str) else 2 * pairs, *rest

@@ -213,14 +213,14 @@ class NoLooks(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("gloro", [True, False])
-def test_a_step_as_on_a_gpu_never_looks_at_a_value(tiny_net, gloro, monkeypatch):
+@pytest.mark.parametrize("loss", ["gloro", "bcp"])
+def test_a_step_as_on_a_gpu_never_looks_at_a_value(tiny_net, loss, monkeypatch):
     monkeypatch.setitem(worst_case._ROUNDS_PER_LOOK, "cpu", worst_case._ROUNDS_PER_LOOK["cuda"])
     norms, x = PowerIteration(2), channels_last(torch.rand(4, 1, 28, 28))
     stored = StoredVectors(4, Layout.of(tiny_net, x[:1]).vectors, x.device)
     # The optimizer of a CPU reads its own step counter there, which a GPU's does not.
     optimizer = torch.optim.SGD(tiny_net.parameters(), lr=0.1)
-    step = Step(RobustLoss(tiny_net, norms, 10, gloro), norms, stored, optimizer)
+    step = Step(RobustLoss(tiny_net, norms, 10, loss), norms, stored, optimizer)
     with NoLooks():
         loss, _, _ = step(x, torch.arange(4), torch.arange(4), 0.1, 0.5)
     assert loss.isfinite()
