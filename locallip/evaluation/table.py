@@ -107,7 +107,8 @@ def _compiled(row: Row, summaries: list[dict], epochs: list[dict[str, float]]) -
         estimate = _percent(by_kind["estimate"], "certified")
     if "proven" in by_kind:
         proven = _percent(by_kind["proven"], "certified")
-        product = _percent(by_kind["proven"], "certified_by_product")
+        by_dual = "certified_by_product" in by_kind["proven"]["accuracy"]  # reports from before the dual lack it
+        product = _percent(by_kind["proven"], "certified_by_product" if by_dual else "certified")
     warnings = dict.fromkeys(warning for summary in summaries for warning in _warnings(row, summary))
     details = dict.fromkeys(detail for summary in summaries for detail in _details(row, summary))
     if len({summary["checkpoint"]["sha256"] for summary in summaries}) > 1:
