@@ -273,7 +273,9 @@ def _bar(images: int, progress: bool) -> Iterator[Callable[[Verification], None]
     except ImportError:
         raise ImportError("progress=True needs tqdm (pip install tqdm)") from None
     counts = dict.fromkeys(STATUSES, 0)
-    with tqdm(total=images, unit="image", dynamic_ncols=True) as bar:
+    # Without a rate, so that 80 columns hold the counts.
+    shown = "{n_fmt}/{total_fmt} images, {elapsed}{postfix}"
+    with tqdm(total=images, bar_format=shown, dynamic_ncols=True) as bar:
 
         def show(part: Verification) -> None:
             for status, count in part.counts.items():

@@ -176,14 +176,14 @@ def test_batches_augment_only_when_asked_and_leave_the_set_as_it_is():
 # --- command lines
 
 TRAINING = {
-    "--model relux --sniter 2 --init 2.0 --end_lr 1e-6": {"model": "relux", "gloro": False, "init": 2.0},
+    "--model relux --sniter 2 --init 2.0 --end_lr 1e-6": {"model": "relux", "loss": "bcp", "init": 2.0},
     "--model c6f2_relux --sniter 2 --init 2.0 --end_lr 1e-6 --prefix 'relu/cifar_6C2F'": {
         "model": "c6f2_relux",
-        "gloro": False,
+        "loss": "bcp",
         "init": 2.0,
         "prefix": "relu/cifar_6C2F",
     },
-    "--model c6f2_relux --sniter 2 --init 2.0 --end_lr 1e-6 --gloro": {"model": "c6f2_relux", "gloro": True},
+    "--model c6f2_relux --sniter 2 --init 2.0 --end_lr 1e-6 --gloro": {"model": "c6f2_relux", "loss": "gloro"},
     "--model c6f2_clmaxmin --sniter 2 --end_lr 1e-6 --prefix 'maxmin/cifar_6C2F_maxmin'": {
         "model": "c6f2_clmaxmin",
         "prefix": "maxmin/cifar_6C2F_maxmin",

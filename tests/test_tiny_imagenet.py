@@ -229,7 +229,7 @@ BROKEN = {
     "a listed stray folder": (lambda d: (tiny(d) / "train" / "backup").mkdir(), "train has 4; backup is not in both"),
     "a class not validated": (sort_and_lose_a_class, "class n02 has no images in"),
     "a list in UTF-16": (lambda d: (tiny(d) / "wnids.txt").write_text("n01", encoding="utf-16"), "wnids.txt"),
-    "no folder": (lambda d: shutil.rmtree(tiny(d)), "tinyimagenet.sh"),
+    "no folder": (lambda d: shutil.rmtree(tiny(d)), "tinyimagenet-data"),
     "no training images": (lambda d: [p.unlink() for p in tiny(d).glob("train/*/images/*")], "no training images"),
     "a class missing": (lambda d: shutil.rmtree(tiny(d) / "train" / "n02"), "lists 3 classes, train has 2; n02 is not"),
     "no validation images": (lambda d: shutil.rmtree(tiny(d) / "val"), "no validation images"),
@@ -318,7 +318,7 @@ def test_the_archive_is_fetched_once_and_unpacked(fetch):
     assert "unpacked to" in fetch().out
     assert len(load(fetch.folder, True)) == 12
     (fetch.folder / "tiny-imagenet-200.zip").unlink()
-    answer = fetch(url="file:///nowhere")
+    answer = fetch(url="file:///no/such/archive.zip")
     assert (answer.code, answer.err) == (0, "")
     assert "there already" in answer.out
 
@@ -331,13 +331,13 @@ def test_an_interrupted_download_goes_on(fetch):
 
 
 def test_an_archive_on_disk_is_taken(fetch):
-    assert fetch("archive.zip", url="file:///nowhere").code == 0
+    assert fetch("archive.zip", url="file:///no/such/archive.zip").code == 0
     assert len(load(fetch.folder, False)) == 6
 
 
 def test_an_archive_in_the_home_folder_is_taken(fetch, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert fetch("~/archive.zip", url="file:///nowhere").code == 0
+    assert fetch("~/archive.zip", url="file:///no/such/archive.zip").code == 0
     assert len(load(fetch.folder, False)) == 6
 
 
@@ -359,7 +359,7 @@ def test_an_archive_of_something_else_is_refused(fetch):
 @pytest.mark.parametrize(
     ("arguments", "named", "complaint"),
     [
-        ([], {"url": "file:///nowhere"}, "cannot download file:///nowhere"),
+        ([], {"url": "file:///no/such/archive.zip"}, "cannot download file:///no/such/archive.zip"),
         ([], {"md5": "0" * 32}, "damaged"),
         (["archive.zip"], {"md5": "0" * 32}, "archive.zip is damaged"),
         (["absent.zip"], {}, "cannot read"),
@@ -472,7 +472,7 @@ def test_the_published_training_lines_parse(command_line, monkeypatch, line):
         "more": 25,
         "seed": 2019,
     }
-    expected |= {"epsilon": 36 / 255, "opt_iter": 1, "gloro": False} | PUBLISHED[line]
+    expected |= {"epsilon": 36 / 255, "opt_iter": 1, "loss": "bcp"} | PUBLISHED[line]
     assert vars(runs[0]) | expected == vars(runs[0])
 
 
