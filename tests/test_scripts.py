@@ -45,7 +45,14 @@ def test_the_published_training_command_parses_with_the_papers_defaults(command_
         )
     )
     args = utils.training_arguments("", ["mnist", "digits"], train_mnist.DEFAULTS)
-    given = {"model": "relux", "sniter": 5, "init": 2.0, "epsilon_train": 1.75, "loss": "gloro", "no_augmentation": True}
+    given = {
+        "model": "relux",
+        "sniter": 5,
+        "init": 2.0,
+        "epsilon_train": 1.75,
+        "loss": "gloro",
+        "no_augmentation": True,
+    }
     given |= {"opt_iter": 10, "prefix": "relu/mnist_4C3F"}
     defaults = {"data": "mnist", "epochs": 300, "warmup": 0, "rampup": 150, "lr": 1e-3, "end_lr": 5e-6, "more": 25}
     defaults |= {"lr_scheduler": "exp", "batch_size": 256, "seed": 2019, "epsilon": 1.58, "width": 1.0, "resume": False}
