@@ -195,7 +195,9 @@ def elu(alpha: float, scale: float = 1.0, width: float = 1.0) -> Curve:
 
     def derivative(x: Tensor) -> Tensor:
         below = scale * left * torch.exp(x.clamp(max=0) / width)
-        return torch.where(x < 0, below, torch.where(x == 0, scale * max(1.0, left), scale))
+        # Of two numbers `where` would make a tensor of the process's default dtype.
+        above = torch.full_like(x, scale)
+        return torch.where(x < 0, below, torch.where(x == 0, scale * max(1.0, left), above))
 
     return Curve(
         function,
@@ -266,7 +268,7 @@ def hardsigmoid() -> Curve:
     """min(max(x + 3, 0), 6) / 6."""
 
     def derivative(x: Tensor) -> Tensor:
-        return torch.where(x.abs() <= 3, 1 / 6, 0.0).to(x.dtype)
+        return torch.where(x.abs() <= 3, 1 / 6, torch.zeros_like(x))
 
     rests = {"steepest": (-3.0, 3.0), "rests_below": -3.0, "rests_above": 3.0}
     return Curve(F.hardsigmoid, derivative, (1 + _ULPS) / 6, _ULPS, **rests)

@@ -33,11 +33,13 @@ class ActivationContract:
     Attributes:
         rests: whether some of its outputs cannot vary in a narrow box.
         monotone: whether no output falls where an input rises.
+        below: how far below 0 the middle of the boxes lies.
     """
 
     shape = (4, 3, 5)
     rests = True
     monotone = True
+    below = 0.0
 
     def create(self):
         raise NotImplementedError
@@ -49,7 +51,7 @@ class ActivationContract:
     @pytest.fixture(params=["ends", "stack and half-width", "uncut", "uncut, fused"])
     def region(self, request, _seed):
         """A box that is narrow enough for many outputs to be constant, in each of its forms; and whether to fuse."""
-        center, half = 2 * images(*self.shape) - 1, 0.4 * images(*self.shape)
+        center, half = 2 * images(*self.shape) - 1 - self.below, 0.4 * images(*self.shape)
         half[:, 0] = 0
         stack = torch.cat([center, center + half * (2 * images(*self.shape) - 1)])
         reach = 0.3 * images(self.shape[0], *[1] * (len(self.shape) - 1))
