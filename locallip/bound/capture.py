@@ -3,7 +3,7 @@
 The network runs as it is, in plain PyTorch, on random images. A `TorchFunctionMode` sees every call of a function or
 a tensor's method, global hooks see every module. A module with a rule is one node, and so is a call that means such a
 layer; every other module is looked into. What would make the reading wrong for other images ends it: a value that
-leaves the tensors (`if x.sum() > 0`, `.item()`, `.numpy()`).
+leaves the tensors (`if x.sum() > 0`, `.item()`, `.numpy()`), or a function that cannot be seen (see `origins`).
 
 `torch.export` reads the same graph, but takes modules with a rule of the user's apart and ten to a hundred times as
 long; `torch.fx` dies of `len(x)` and `if x.shape[1] != 3`.
@@ -12,7 +12,7 @@ long; `torch.fx` dies of `len(x)` and `if x.shape[1] != 3`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from locallip.bound.calls import Call, NoTranslationError, Step, translate
 from locallip.bound.nodes import IMAGES, Node, Obstacle, Refusal
 from locallip.bound.operators import Position
+from locallip.bound.origins import UNSEEN, Operations, Origins
 from locallip.bound.precision import own_precision
 from locallip.bound.rules import describe, has_rule, namesake, no_rule
 from locallip.bound.seen import TELLS_NO_VALUE, name_of, tensors_in, users_line
@@ -54,12 +55,20 @@ class Captured:
 def capture(model: nn.Module, x: Tensor) -> Captured:
     """Run a network in eval mode on random images like x (N, ...), of which only shape, dtype and device count.
 
+    It runs twice: only then can be told which tensors were there before.
+
     Raises:
         Refusal: names all that has no rule, each with its place, the user's line and a way out.
     """
+    before = Origins()
+    _read(model, x, before)
+    return _read(model, x, Origins(before))
+
+
+def _read(model: nn.Module, x: Tensor, origins: Origins) -> Captured:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(_IMAGES, *x.shape[1:], generator=generator, dtype=torch.float64, device="cpu")
-    reader = _Reader(model, images.to(x.device, x.dtype))
+    reader = _Reader(model, images.to(x.device, x.dtype), origins)
     with torch.inference_mode(False), own_precision(x.device), reader.watching():
         try:
             output = model(reader.images)
@@ -68,7 +77,9 @@ def capture(model: nn.Module, x: Tensor) -> Captured:
         except Exception as error:
             if reader.obstacles:
                 raise Refusal(reader.obstacles) from error
-            raise
+            sizes = ", ".join(map(str, x.shape[1:]))
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(f"the network does not run on images (N, {sizes}) of {x.dtype}: {said[0]}") from error
     return reader.finish(output)
 
 
@@ -88,9 +99,10 @@ class _Traced:
 class _Reader(TorchFunctionMode):
     """Follows the images through a run."""
 
-    def __init__(self, model: nn.Module, images: Tensor):
+    def __init__(self, model: nn.Module, images: Tensor, origins: Origins):
         super().__init__()
-        self.images, self.obstacles = images, []
+        self.images, self.obstacles, self._origins = images, [], origins
+        self._seen = False
         self._captured = Captured()
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._traced: dict[int, _Traced] = {}
@@ -111,6 +123,7 @@ class _Reader(TorchFunctionMode):
                 register_module_forward_hook(self._leave, with_kwargs=True),
             ):
                 stack.callback(handle.remove)
+            stack.enter_context(Operations(self._look))
             stack.enter_context(self)
             yield
 
@@ -138,6 +151,7 @@ class _Reader(TorchFunctionMode):
             return
         self._inside.append(module)
         if _is_leaf(module):
+            self._refuse_unknown(tensors_in(args), type(module).__name__)
             self._enter_leaf(module, [value for value in args if self._depends(value)])
 
     def _enter_leaf(self, module: nn.Module, inputs: list[Tensor]) -> None:
@@ -159,6 +173,7 @@ class _Reader(TorchFunctionMode):
     def _leave_leaf(self, module: nn.Module, inputs: list[Tensor], output: Any) -> None:
         tensors = list(tensors_in(output))
         if not inputs:
+            self._origins.made(tensors)
             self._compute([*module.parameters(), *module.buffers()], output)
         elif not has_rule(module):
             self._go_on(tensors)
@@ -183,17 +198,19 @@ class _Reader(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self._leaf is not None or threading.get_ident() != self._thread or function in TELLS_NO_VALUE:
-            return function(*args, **kwargs)
+            return self._call(function, args, kwargs)
         tensors = list(tensors_in((args, kwargs)))
+        self._refuse_unknown(tensors, name_of(function))
         inputs = [tensor for tensor in tensors if self._depends(tensor)]
         if not inputs:
-            result = function(*args, **kwargs)
+            result = self._call(function, args, kwargs)
+            self._origins.made(tensors_in(result))
             self._compute(tensors, result)
             return result
         self._refuse_training(function, args, kwargs)
         before = {id(tensor): (self._position(tensor), tensor.shape[1:]) for tensor in inputs}
         constants = {id(tensor): tensor._version for tensor in tensors if id(tensor) not in before}
-        result = function(*args, **kwargs)
+        result = self._call(function, args, kwargs)
         if not any(True for _ in tensors_in(result)):
             self._stop(Obstacle(f"{name_of(function)}{self._where()} takes a value out of the network", _BY_VALUE))
         try:
@@ -209,6 +226,25 @@ class _Reader(TorchFunctionMode):
         self._captured.roots += {id(root): root for root in self._roots(tensors)}.values()
         self._trace(result, self._apply(step, function, before)[0])
         return result
+
+    def _call(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Call a function that is seen to be called."""
+        outermost, self._seen = not self._seen, True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._seen = not outermost
+
+    def _look(self, operands: tuple[Any, ...]) -> None:
+        """Stop where something computes with the images without having been seen."""
+        seen = self._seen or self._leaf is not None or threading.get_ident() != self._thread
+        if not seen and any(map(self._depends, tensors_in(operands))):
+            self._stop(Obstacle(f"{UNSEEN} computes with the images{self._where()}", self._way_out()))
+
+    def _refuse_unknown(self, tensors: Iterable[Tensor], taker: str) -> None:
+        if not self._origins.are_known(tensor for tensor in tensors if not self._depends(tensor)):
+            what = f"{taker}{self._where()} takes a tensor from an earlier run or from {UNSEEN}"
+            self._stop(Obstacle(what, f"keep a constant in a buffer (register_buffer), or {self._way_out()}"))
 
     def _compute(self, tensors: list[Tensor], result: Any) -> None:
         """Note what was computed without the images, which the tensors that it comes from can change."""

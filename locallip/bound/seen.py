@@ -40,6 +40,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def name_of(function: Callable[..., Any]) -> str:
+    function = getattr(function, "overloadpacket", function)
     name = resolve_name(function) or getattr(function, "__name__", str(function))
     return f"{name.removesuffix('.__get__').split('.')[-1]}()"
 

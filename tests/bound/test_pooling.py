@@ -73,7 +73,9 @@ def test_no_windows_share_nothing():
 
 
 def test_rows_follow_through_a_relu_before_the_pool_and_columns_behind_it():
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 6), nn.Linear(6, 3))
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 6), nn.Linear(6, 3)
+    )
     model = model.double()
     # The first channel is off, before and behind the pool, and all of the second is on.
     model[0].bias.data = torch.tensor([-100.0, 100.0]).double()

@@ -81,7 +81,7 @@ class BentLine:
     rounding = 0.0
 
     def __post_init__(self) -> None:
-        left = torch.as_tensor(self.left)
+        left = torch.as_tensor(self.left, dtype=torch.float64)
         if isinstance(self.left, Tensor) and not (left <= self.right).all():
             raise ValueError(f"slopes on the left, one by one, may not exceed {self.right}, the one on the right")
         if not ((left.abs() <= 1).all() and abs(self.right) <= 1):
