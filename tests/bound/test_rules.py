@@ -32,6 +32,7 @@ from local_bound import (
     MaxMin,
     Normalize,
     PowerIteration,
+    check_rule,
     propagate,
     rule,
 )
@@ -644,16 +645,19 @@ def code_of_the_readme():
 def test_the_code_of_the_readme_runs_as_it_stands(scratch_rules):
     namespace = {}
     blocks = code_of_the_readme()
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(block, namespace)
     assert namespace["bounds"].lipschitz.shape == (4,)
-    assert nn.Hardtanh in rules._RULES
+    assert namespace["Capped"] in rules._RULES
 
 
 def test_the_rule_of_the_readme_is_sound(scratch_rules):
-    exec(code_of_the_readme()[1], {"nn": nn})
-    model = settled(nn.Linear(12, 8), nn.Hardtanh(-0.2, 0.3), nn.Linear(8, 8), nn.Hardtanh(), nn.Linear(8, CLASSES))
+    namespace = {"nn": nn, "torch": torch}
+    exec(code_of_the_readme()[2], namespace)
+    capped = namespace["Capped"]
+    check_rule(capped(0.3), (8,))
+    model = settled(nn.Linear(12, 8), capped(0.3), nn.Linear(8, 8), capped(1.0), nn.Linear(8, CLASSES))
     x = images(12)
     bound, points = walk(model, x, 0.2), points_in_the_ball(model, x, 0.2)
     clipped = outputs_of(model, points, 2)
