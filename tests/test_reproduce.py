@@ -65,7 +65,7 @@ run_script(reproduce.main)
 """
 
 
-def test_a_row_is_trained_evaluated_and_set_beside_the_papers(tmp_path):
+def test_a_row_is_trained_evaluated_and_set_beside_the_papers(call, tmp_path):
     flags = [JOB, *TINY, "--output_dir", tmp_path]
     answer = spawn("-c", SHORT, *flags)
     shown = answer.out
@@ -79,7 +79,7 @@ def test_a_row_is_trained_evaluated_and_set_beside_the_papers(tmp_path):
     assert summaries[0]["checkpoint"]["training"]["epochs"] == 2
     assert (tmp_path / "maxmin" / "mnist_4C3F_maxmin_best.pth").is_file()
 
-    again = spawn("-c", SHORT, *flags)
+    again = call("reproduce", *flags)  # refused before anything is measured
     assert again.code == 2
     assert "exists; choose another --prefix, or --resume, or --overwrite" in again.err
     assert spawn("-c", SHORT, *flags, "--resume").code == 0

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, spawn
+from conftest import ROOT, TINY, WIDTH, spawn
 
+import utils
 from locallip import files
 from locallip.checkpoints import load_checkpoint, save_checkpoint
 from locallip.evaluation import evaluation, unfinished
@@ -36,17 +37,41 @@ def contents(folder):
     return found
 
 
+@pytest.fixture(scope="module")
+def file_of_a_net(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("net") / "net_best.pth"
+    state = utils.select_model("digits", "relux", width=WIDTH).state_dict()
+    save_checkpoint(path, {"state_dict": state, "err": 1.0, "epoch": 0})
+    return path
+
+
+@pytest.fixture
+def saved_net(file_of_a_net):
+    """The one file of all tests here, so that one report will do; as it was behind each of them."""
+    before = file_of_a_net.read_bytes()
+    yield file_of_a_net
+    file_of_a_net.write_bytes(before)
+
+
 @pytest.fixture
 def flags(saved_net):
     return [*TINY, *SMALL, "--saved_model", saved_net]
 
 
-@pytest.fixture
-def report(call, flags, tmp_path):
-    """What an evaluation leaves that nobody stops."""
-    answer = call("evaluate", *flags, "--out", tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(file_of_a_net, tmp_path_factory):
+    """The folder of an evaluation that nobody stops."""
+    out = tmp_path_factory.mktemp("whole")
+    answer = spawn("evaluate.py", *TINY, *SMALL, "--saved_model", file_of_a_net, "--out", out)
     assert (answer.code, answer.err) == (0, "")
-    found = contents(tmp_path / "whole")
+    return out
+
+
+@pytest.fixture
+def report(whole):
+    """What such an evaluation leaves."""
+    found = contents(whole)
     assert len(found) == 10
     return found
 
@@ -229,9 +254,9 @@ def test_flags_that_contradict_each_other_are_refused(call, flags, flag):
     assert_refused(call("evaluate", *flags, *flag), "--resume")
 
 
-def test_there_is_nothing_to_resume_where_nothing_was_stopped(call, flags, report, tmp_path):
-    assert_refused(call("evaluate", *flags, "--out", tmp_path / "whole", "--resume"), "no unfinished evaluation")
-    assert contents(tmp_path / "whole") == report
+def test_there_is_nothing_to_resume_where_nothing_was_stopped(call, flags, report, whole):
+    assert_refused(call("evaluate", *flags, "--out", whole, "--resume"), "no unfinished evaluation")
+    assert contents(whole) == report
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"arguments": 1, "seed": 2}', b"\xff"])
