@@ -1,5 +1,6 @@
 """What holds of every activation and every rule: a new one subclasses, says what it is in `create`, and is tested."""
 
+import copy
 import functools
 from typing import NamedTuple
 
@@ -245,8 +246,8 @@ class RuleContract:
             pytest.skip("checks are of single layers")
         check_rule(layers[0], self.shape)
 
-    def test_training_mode_is_refused_where_it_matters(self, behind_an_activation):
-        case = make_case(self, behind_an_activation)
+    def test_training_mode_is_refused_where_it_matters(self, case):
+        case = copy.deepcopy(case)
         case.layers.train()
         if self.training_matters:
             with pytest.raises(ValueError, match=r"at position \d.*training mode"):

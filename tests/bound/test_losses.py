@@ -178,8 +178,10 @@ def test_a_worst_case_that_is_not_a_number_makes_no_loss_that_is_one(batch):
     assert all(loss(logits, worst, y).isnan() for loss in (gloro_loss, gloro_kl_loss, emma_loss))
 
 
-@pytest.mark.parametrize("rounds", [1, 1000])
-@pytest.mark.parametrize("loss", [bcp, gloro, gloro_kl, margin])  # the others hold a part of themselves fixed
+# Those that are not here hold a part of themselves fixed; the margin loss asks for no worst case, whatever its rounds.
+@pytest.mark.parametrize(
+    ("loss", "rounds"), [(bcp, 1), (bcp, 1000), (gloro, 1), (gloro, 1000), (gloro_kl, 1000), (margin, 1)]
+)
 def test_gradients_are_those_of_finite_differences(model, loss, rounds):
     x, y = images(1, 6, 6), torch.arange(IMAGES)
     norms = PowerIteration(1000)
