@@ -105,6 +105,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[
         checkpoint = load_checkpoint(path)
     trained = checkpoint.get("arguments")
     trained = trained if isinstance(trained, dict) else {}
+    assumed = args.model is None and "model" not in trained
     for name, kind, otherwise in (("data", str, "mnist"), ("model", str, "relux"), ("width", int | float, 1.0)):
         if getattr(args, name) is None:
             setattr(args, name, trained.get(name, otherwise))
@@ -114,7 +115,11 @@ def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[
         _refuse_trained_on(args, trained, path)
     classes = count_classes(args.data, args.data_dir)
     model = utils.select_model(args.data, args.model, width=args.width, classes=classes)
-    load_weights(model, checkpoint["state_dict"], str(path))
+    try:
+        load_weights(model, checkpoint["state_dict"], str(path))
+    except InputError as error:
+        hint = f"; it does not say its network, and --model {args.model} was assumed: name another" if assumed else ""
+        raise InputError(f"{error}{hint}") from None
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if args.epsilon is None:
         args.epsilon = DATA_SETS[args.data].epsilon

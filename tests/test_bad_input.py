@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TINY, spawn
 
+import utils
 from data_load import DATA_SETS
 from locallip.checkpoints import load_checkpoint, save_checkpoint
 from locallip.evaluation.falsification import COLUMNS
@@ -61,6 +62,12 @@ def evaluation_refused(refused, tmp_path):
         refused(complaint, "evaluate", "--saved_model", saved_model, "--images", 2, *flags)
 
     return check
+
+
+def test_weights_that_do_not_say_their_network_are_told_which_was_assumed(evaluation_refused, tmp_path):
+    net = utils.select_model("digits", "c4f3_clmaxmin", width=0.05)
+    torch.save(net.state_dict(), tmp_path / "bare.pth")
+    evaluation_refused("does not say its network, and --model relux was assumed", tmp_path / "bare.pth")
 
 
 # --- flags
