@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 
 from locallip import launch
 
@@ -46,7 +47,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         fail("out of memory; lower --batch_size or --test_batch_size", 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _end(130)
     sys.exit(0)
 
 
@@ -75,8 +76,20 @@ def fail(message: str, exit_code: int) -> NoReturn:
         # What fails in all processes alike, such as a wrong flag, is said once: torchrun ends them meanwhile.
         time.sleep(_SECONDS_FOR_RANK_0)
     where = "" if rank is None else f"rank {rank}: "
-    print(f"error: {where}{message}", file=sys.stderr, flush=True)
-    sys.exit(exit_code)
+    print(f"error: {where}{message}", file=sys.stderr)
+    _end(exit_code)
+
+
+def _end(exit_code: int) -> NoReturn:
+    """End the script; a connection to other processes that still stands is left to the system.
+
+    Its threads may find the others gone while the interpreter shuts down, and abort the process then (exit code -6).
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        sys.exit(exit_code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def expand_home(path: str | Path) -> str:
