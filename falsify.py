@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import evaluate
 from locallip import distributed, flags
@@ -22,6 +21,7 @@ from locallip.bound.proof import proven_norms
 from locallip.evaluation import pictures
 from locallip.evaluation.attacks import ATTACK_STEPS
 from locallip.evaluation.falsification import COLUMNS, Trial, falsify
+from locallip.evaluation.progress import progress
 from locallip.evaluation.report import refuse_existing
 from locallip.files import InputError, check_writable, run_script, write_csv
 
@@ -44,15 +44,14 @@ def main() -> None:
     print(f"seed of the certificates: {norms.seed}")
     trial = Trial(args.epsilon, args.restarts, args.attack_steps, args.slope_steps, (0.0, 1.0) if args.clip else None)
     parts = {name: [] for name in COLUMNS}
-    with tqdm(total=len(images), unit="image", disable=None, dynamic_ncols=True) as bar:
+    with progress(len(images)) as advance:
         for x, y, places in images.batches(args.test_batch_size):
             found = falsify(model, exact, x, y, norms, trial)
             if found:
                 found["image"] = places[found["image"]]
             for name, column in found.items():
                 parts[name].append(column.cpu().numpy())
-            bar.update(len(x))
-            bar.set_postfix(certified=sum(map(len, parts["image"])), fallen=sum(p.sum() for p in parts["fallen"]))
+            advance(len(x), certified=sum(map(len, parts["image"])), fallen=sum(p.sum() for p in parts["fallen"]))
     columns = {name: np.concatenate(part) if part else np.empty(0, bool) for name, part in parts.items()}
     print(as_text(columns, len(images), trial))
     if folder:

@@ -9,7 +9,6 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from locallip import distributed
 from locallip.evaluation.attacks import right
@@ -17,6 +16,7 @@ from locallip.evaluation.certificates import Estimate, Proven
 from locallip.evaluation.outcome import CERTIFIED_MULTIPLES, OPEN, PGD_MULTIPLES, Findings, Outcome
 from locallip.evaluation.pgd import PGD_CURVE_STEPS, PGD_STEPS, pgd
 from locallip.evaluation.plan import Plan, seed_of
+from locallip.evaluation.progress import progress
 from locallip.evaluation.unfinished import Unfinished
 from locallip.images import ImageSet
 
@@ -40,18 +40,17 @@ def evaluate(
     # Each batch has one process to answer for it: the first that has it on its disk, or the one that works it out.
     found = {place: known[place] for place in known.keys() - set().union(*seen[: distributed.rank()])}
     still_open = [place for place in range(len(plan)) if not any(place in places for places in seen)]
-    quiet = None if distributed.is_main() else True
     own = still_open[distributed.rank() :: distributed.processes()]
     done, to_do = (sum(map(plan.size, places)) for places in (known, own))
-    with tqdm(total=done + to_do, initial=done, unit="image", disable=quiet, dynamic_ncols=True) as bar:
+    with progress(done + to_do, done, quiet=not distributed.is_main()) as advance:
         for place in own:
             x, y, _ = next(images[plan.span(place)].batches(plan.batch_size))
             found[place] = evaluate_batch(model, x, y, args, certificates, place, plan.has_curve(place))
             if unfinished is not None:
                 unfinished.keep(place, found[place])
-            bar.update(len(x))
             outcomes = [parts[0].outcome for parts in found.values()]
-            bar.set_postfix(certified=sum(o.certified.sum() for o in outcomes), open=sum(o.is_open() for o in outcomes))
+            certified = sum(outcome.certified.sum() for outcome in outcomes)
+            advance(len(x), certified=certified, open=sum(map(Outcome.is_open, outcomes)))
     everything = {place: parts for of_process in distributed.gather(found) for place, parts in of_process.items()}
     in_order = [everything[place] for place in range(len(plan))]
     return [Findings.concatenate(list(of_certificate)) for of_certificate in zip(*in_order)]
