@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, TINY, Answer, read_csv, spawn
 
 import evaluate
+import runs
 import train_mnist
 import utils
 from locallip.evaluation import attacks, certificates, evaluation
@@ -108,41 +109,8 @@ def test_an_error_of_the_program_keeps_its_traceback():
 
 # --- jobs
 
-# The published lines; the 4C3F nets start at 1.0 as the authors' runs did, whatever their line said. And our own.
-EFFORT = "--test_batch_size 256 --test_sniter 2000"
-FOUR = "-m torch.distributed.run --standalone --nproc_per_node=4"
-TINY_IMAGENET = "--warmup 0 --batch_size 32 --rampup 125 --epochs 250 --sparse 0.01 --indices 0,6,12,14,17 "
-TINY_IMAGENET += "--data tinyimagenet --test_batch_size 32 --epsilon_train 0.16 --lr_scheduler exp"
-JOBS = {
-    "mnist-4c3f": "train_mnist.py --model relux --sniter 5 --init 1.0 --epsilon_train 1.75 --gloro --no_augmentation "
-    "--opt_iter 10 --prefix relu/mnist_4C3F",
-    "mnist-4c3f-maxmin": "train_mnist.py --model c4f3_clmaxmin --orthogonal --global_epochs 300 --sniter 2 "
-    "--batch_size 64 --epsilon_train 1.75 --gloro --no_augmentation --prefix maxmin/mnist_4C3F_maxmin",
-    "cifar10-4c3f": "train_cifar10.py --model relux --sniter 2 --init 1.0 --end_lr 1e-6",
-    "cifar10-6c2f": "train_cifar10.py --model c6f2_relux --sniter 2 --init 2.0 --end_lr 1e-6 --prefix relu/cifar_6C2F",
-    "cifar10-6c2f-gloro": "train_cifar10.py --model c6f2_relux --sniter 2 --init 2.0 --end_lr 1e-6 --gloro",
-    "cifar10-6c2f-maxmin": "train_cifar10.py --model c6f2_clmaxmin --sniter 2 --end_lr 1e-6 "
-    "--prefix maxmin/cifar_6C2F_maxmin",
-    "evaluate-mnist-4c3f": f"evaluate.py --data mnist --model relux {EFFORT} --saved_model pretrained/relu/mnist_4C3F",
-    "evaluate-mnist-4c3f-maxmin": f"evaluate.py --data mnist --model c4f3_clmaxmin {EFFORT} "
-    "--saved_model pretrained/maxmin/mnist_4C3F_maxmin",
-    "evaluate-cifar10-4c3f": f"evaluate.py --data cifar10 --model relux {EFFORT} "
-    "--saved_model pretrained/relu/cifar_4C3F",
-    "evaluate-cifar10-6c2f": f"evaluate.py --data cifar10 --model c6f2_relux {EFFORT} "
-    "--saved_model pretrained/relu/cifar_6C2F",
-    "evaluate-cifar10-6c2f-gloro": f"evaluate.py --data cifar10 --model c6f2_relux {EFFORT}",
-    "evaluate-cifar10-6c2f-maxmin": f"evaluate.py --data cifar10 --model c6f2_clmaxmin {EFFORT} "
-    "--saved_model pretrained/maxmin/cifar_6C2F_maxmin",
-    "tinyimagenet-8c2f": f"{FOUR} TinyImagenet/train_tinyimagenet.py {TINY_IMAGENET} --model tinyimagenet_relux "
-    "--sniter 1 --init 1.0 --lr 2.5e-4 --prefix relu/tiny_8C2F",
-    "tinyimagenet-8c2f-maxmin": f"{FOUR} TinyImagenet/train_tinyimagenet.py {TINY_IMAGENET} --model tiny_clmaxmin "
-    "--sniter 3 --lr 1e-4 --prefix maxmin/tiny_8C2F_maxmin",
-    "evaluate-tinyimagenet-8c2f": f"{FOUR} TinyImagenet/evaluate_tinyimagenet.py --data tinyimagenet "
-    "--model tinyimagenet_relux --test_batch_size 32 --test_sniter 2000 --saved_model pretrained/relu/tiny_8C2F",
-    "evaluate-tinyimagenet-8c2f-maxmin": f"{FOUR} TinyImagenet/evaluate_tinyimagenet.py --model tiny_clmaxmin "
-    "--saved_model pretrained/maxmin/tiny_8C2F_maxmin",
-}
-OTHER_JOBS = {"demo", "test", "test-oldest", "bench", "bench-rivals", "table", "tinyimagenet-data"}
+TRAININGS = {run.job: f"evaluate-{run.job}" for run in runs.RUNS}
+JOBS = {"demo", "test", "test-oldest", "bench", "bench-rivals", "table", "tinyimagenet-data"}
 
 
 @pytest.fixture
@@ -161,18 +129,13 @@ def run_job(tmp_path):
     return run
 
 
-def options(words):
-    """The values of every flag among the words of a command line."""
-    starts = [i for i, word in enumerate(words) if word.startswith("--")]
-    return {words[i]: words[i + 1 : j] for i, j in zip(starts, [*starts[1:], None])}
-
-
 @pytest.mark.parametrize("arguments", [[], ["help"], ["--help"]])
 def test_without_a_job_all_jobs_are_listed(run_job, arguments):
     answer = run_job(*arguments)
     assert (answer.code, answer.err) == (0, "")
     listed = re.findall(r"^  ([a-z][a-z0-9-]+) {2,}(evaluate-\S+)?", answer.out, re.M)
-    assert {job for line in listed for job in line if job} == {*JOBS, *OTHER_JOBS}
+    assert {job: evaluation for job, evaluation in listed if evaluation} == TRAININGS
+    assert {job for job, evaluation in listed if not evaluation} == JOBS
 
 
 @pytest.mark.parametrize("arguments", [["bake"], ["mnist"], ["--epochs", "2"]])
@@ -181,34 +144,6 @@ def test_an_unknown_job_is_refused_with_one_line(run_job, arguments):
     assert (answer.code, answer.out) == (2, "")
     assert len(answer.err.splitlines()) == 1
     assert arguments[0] in answer.err
-
-
-@pytest.mark.parametrize("job", JOBS)
-def test_a_job_is_its_command_line_with_further_arguments_behind(run_job, job):
-    script, *words = run_job(job, "--width", "0.5", "--data_dir", "my data").out.splitlines()
-    published_script, *published = shlex.split(JOBS[job])
-    assert script == published_script
-    assert words[-4:] == ["--width", "0.5", "--data_dir", "my data"]
-    assert options(words) | options(published) == options(words)
-
-
-@pytest.mark.parametrize("job", [job for job in JOBS if job.startswith("evaluate-")])
-def test_an_evaluation_reports_where_the_table_looks_for_it(run_job, job):
-    folder = f"results/{job.removeprefix('evaluate-')}"
-    assert options(run_job(job).out.splitlines())["--out"] == [f"{folder}/proven"]
-    estimate = options(run_job(job, "--width", "0.5", "--certificate", "estimate").out.splitlines())
-    assert estimate["--out"] == [f"{folder}/estimate"]
-    assert options(run_job(job, "--certificate", "both").out.splitlines())["--out"] == [f"{folder}/"]
-
-
-@pytest.mark.parametrize(
-    "model",
-    ["mnist-4c3f", "mnist-4c3f-maxmin", "cifar10-4c3f", "cifar10-6c2f", "cifar10-6c2f-gloro", "tinyimagenet-8c2f"],
-)
-def test_training_and_evaluation_agree_on_the_net_and_its_prefix(run_job, model):
-    trained, evaluated = (options(run_job(job).out.splitlines()) for job in (model, f"evaluate-{model}"))
-    assert trained["--model"] == evaluated["--model"]
-    assert evaluated["--saved_model"] == [f"pretrained/{trained['--prefix'][0]}"]
 
 
 @pytest.mark.parametrize(
