@@ -637,9 +637,13 @@ def scratch_rules(monkeypatch):
     monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
 
 
+def python_blocks(text):
+    return re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+
+
 def code_of_the_readme():
-    section = re.search(r"^## A network of your own$(.*?)^## ", (ROOT / "README.md").read_text(), re.M | re.S)
-    return re.findall(r"^```python\n(.*?)^```$", section[1], re.M | re.S)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return python_blocks(re.search(r"^## A network of your own$(.*?)^## ", text, re.M | re.S)[1])
 
 
 def test_the_code_of_the_readme_runs_as_it_stands(scratch_rules):
@@ -664,6 +668,15 @@ def test_the_rule_of_the_readme_is_sound(scratch_rules):
     assert_ball_and_box_hold(bound, outputs_of(model, points, -1))
     assert not bound.varying[1].all()
     assert (clipped == clipped[0])[:, ~bound.varying[1]].all()
+
+
+def test_the_page_on_adding_a_layer_runs_as_it_stands(scratch_rules):
+    blocks = python_blocks((ROOT / "docs" / "adding_a_layer.md").read_text(encoding="utf-8"))
+    assert len(blocks) == 2
+    namespace = {}
+    for block in blocks:
+        exec(block, namespace)
+    assert {namespace["Scale"], nn.ReLU6, nn.Hardsigmoid} <= set(rules._RULES)
 
 
 def test_a_rule_counts_for_its_very_type_only(scratch_rules):
