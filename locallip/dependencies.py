@@ -14,6 +14,7 @@ It is put back with the meaning it had.
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 
 import torch
@@ -34,6 +35,9 @@ def _import_datasets() -> ModuleType:
         for name in _UNDECLARED_OPERATORS:
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _declared.append(library)
+        # What the import left behind half done would be taken for whole.
+        for name in [name for name in sys.modules if name.startswith("torchvision.")]:
+            del sys.modules[name]
         from torchvision import datasets
     return datasets
 

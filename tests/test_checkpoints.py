@@ -336,7 +336,7 @@ OTHERS = {
         lambda path: torch.save(nn.Linear(2, 2), path, _use_new_zipfile_serialization=False),
         "a whole pickled model",
     ),
-    "array": (pickled(a=np.zeros(2)), "it holds numpy._core.multiarray._reconstruct, numpy.ndarray,"),
+    "array": (pickled(a=np.zeros(2)), "core.multiarray._reconstruct, numpy.ndarray,"),
     "path": (pickled(args=Namespace(out=PurePosixPath("x"))), "it holds pathlib"),
     "TorchScript": (lambda path: torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path), "a TorchScript archive"),
     "export": (export, "a program of torch.export"),

@@ -157,7 +157,8 @@ def test_two_processes_of_a_loop_train_one_run_and_write_one_set_of_files(tmp_pa
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert "66 training images, 21 test images" in first.out
     assert "in each of 2 processes" in first.out
-    assert second.out == ""
+    # Some versions of gloo print what they are connected to.
+    assert [line for line in second.out.splitlines() if not line.startswith("[Gloo]")] == []
     assert {path.name for path in tmp_path.glob("few*")} == {"few_best.pth", "few_checkpoint.pth", "few_epochs.csv"}
     assert len(read_csv(tmp_path / "few_epochs.csv")) == 1
 

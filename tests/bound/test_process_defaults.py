@@ -224,7 +224,7 @@ def test_a_question_leaves_every_setting_as_it_was(case, state, inside):
         kinds = torch.backends.mkldnn, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
         return (
             torch.get_default_dtype(),
-            torch.get_default_device(),
+            torch.empty(0).device,
             torch.is_autocast_enabled("cpu"),
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
