@@ -17,7 +17,7 @@ def row(run: utils.Run) -> Row:
     """The row of a run."""
     epsilon = DATA_SETS[run.data].epsilon
     title = f"{run.recipe.title}, ε = {utils.radius_text(epsilon)}, {run.title}"
-    return Row(run.job, title, epsilon, run.epochs, run.paper, run.batch_size)
+    return Row(run.job, title, epsilon, run.epochs, run.paper, run.batch_size, run.recipe.title)
 
 
 def main() -> None:

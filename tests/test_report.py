@@ -426,6 +426,21 @@ def test_the_drawn_training_shows_the_logged_accuracies_and_the_papers(repositor
     assert {text.get_text() for text in axes.texts} == {"paper 96.3", "paper 55.8"}
 
 
+def test_trainings_on_one_data_set_are_drawn_beside_each_other(repository, finish, tmp_path):
+    for job in ("mnist-4c3f", "mnist-fast", "cifar10-4c3f"):
+        finish(job)
+        (repository / "results" / job / "epochs.csv").write_text(EPOCHS)
+    table_script.main()
+    assert [path.name for path in (repository / "results").glob("*.png")] == ["mnist-over-minutes.png"]
+    (row,) = (row for row in ROWS if row.job == "mnist-4c3f")
+    with pictures.drawing(tmp_path / "minutes.png") as axes:
+        pictures.over_minutes(axes, [(row, table.read_epochs(repository / "results" / row.job))])
+    curve, paper = axes.lines
+    assert curve.get_xdata() == pytest.approx([30, 90, 120])
+    assert curve.get_ydata() == pytest.approx([0, 40, 50])
+    assert paper.get_ydata() == pytest.approx([55.8, 55.8])
+
+
 @pytest.mark.parametrize("damage", [("0.79", "much"), ("epsilon", "radius"), (",1800", "")])
 def test_a_damaged_training_log_is_refused(repository, finish, damage):
     folder = repository / "results" / "mnist-4c3f"

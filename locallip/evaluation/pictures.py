@@ -7,8 +7,9 @@ it.
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -165,6 +166,23 @@ def bound_over_attained(axes: Axes, product: np.ndarray, dual: np.ndarray, epsil
     )
     axes.set_title(f"How tight certificates are at ε = {epsilon:.4g}", loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=9)
+
+
+def over_minutes(axes: Axes, trainings: Sequence[tuple[Row, list[dict[str, float]]]]) -> None:
+    """Draw what trainings on one data set certify over the time they took, and what the paper does in the end.
+
+    trainings: what was trained, and the rows of its log.
+    """
+    for (row, epochs), color in zip(trainings, itertools.cycle((LOCAL, INK, ATTACK, GLOBAL))):
+        minutes = np.cumsum([epoch["seconds"] for epoch in epochs]) / 60
+        certified = [100 * (1 - epoch["validation_certified_error"]) for epoch in epochs]
+        axes.plot(minutes, certified, color=color, label=f"{row.job}, {len(epochs)} of {row.epochs} epochs")
+    papers = [row.paper[2] for row, _ in trainings if row.paper is not None]
+    for best in papers and [max(papers)]:
+        axes.axhline(best, color=INK, linewidth=0.8, linestyle="--", label=f"the paper's best at the end, {best:.1f}")
+    axes.set(xlabel="minutes of training", ylabel="certified, estimate (%)", xlim=(0, None), ylim=(0, 100))
+    axes.set_title(f"{trainings[0][0].data}, validation images", loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
 
 
 def training(axes: Axes, epochs: list[dict[str, float]], row: Row) -> None:

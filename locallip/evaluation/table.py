@@ -25,6 +25,7 @@ class Row:
         epochs: of the whole schedule.
         paper: published clean / PGD / certified accuracy in percent; None: a recipe that is not the paper's.
         batch_size: of the recipe, in each process.
+        data: what the data set is called.
     """
 
     job: str
@@ -33,6 +34,7 @@ class Row:
     epochs: int
     paper: tuple[float, float, float] | None
     batch_size: int
+    data: str
 
 
 # The marks in the README between which the table stands, and in the report on the results what is said of its rows.
@@ -194,14 +196,23 @@ def refresh(root: Path, rows: Sequence[Row]) -> str:
         results / "README.md": (BEGIN_REMARKS, remarks(rows, results), END_REMARKS),
     }
     whole = {path: _with_block(path, *block) for path, block in texts.items()}
-    for row in rows:
-        epochs = read_epochs(results / row.job)
-        if epochs:
-            with pictures.drawing(results / row.job / "training.png") as axes:
-                pictures.training(axes, epochs, row)
+    _draw_trainings(rows, results)
     for path, text in whole.items():
         write_atomically(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
     return new
+
+
+def _draw_trainings(rows: Sequence[Row], results: Path) -> None:
+    """Every training by itself, and those on one data set beside each other."""
+    logged = [(row, epochs) for row in rows if (epochs := read_epochs(results / row.job))]
+    for row, epochs in logged:
+        with pictures.drawing(results / row.job / "training.png") as axes:
+            pictures.training(axes, epochs, row)
+    for data in {row.data for row, _ in logged}:
+        of_data = [(row, epochs) for row, epochs in logged if row.data == data]
+        if len(of_data) > 1:
+            with pictures.drawing(results / f"{data.lower().replace(' ', '-')}-over-minutes.png") as axes:
+                pictures.over_minutes(axes, of_data)
 
 
 def _with_block(path: Path, begin: str, block: str, end: str) -> str:
