@@ -1,5 +1,6 @@
 """Drawing depends on nothing that the caller's environment says of matplotlib, and who does not draw does without."""
 
+import runpy
 import shutil
 
 import matplotlib
@@ -101,3 +102,10 @@ def test_a_picture_that_cannot_be_drawn_leaves_no_file(tmp_path):
     with pytest.raises(ZeroDivisionError), pictures.drawing(tmp_path / "picture.png"):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_pictures_of_the_dual_are_drawn(tmp_path):
+    draw = runpy.run_path(str(ROOT / "docs" / "draw_dual.py"))
+    for name in ("draw_unit", "draw_gains"):
+        draw[name](tmp_path / f"{name}.png")
+        assert matplotlib.image.imread(tmp_path / f"{name}.png").std() > 0.01
