@@ -25,6 +25,13 @@ _UNDECLARED_OPERATORS = ("nms", "qnms")
 _declared: list[torch.library.Library] = []
 
 
+def forget_parts(package: str) -> None:
+    """Forget the modules of a package whose import failed: a new import would take them for whole and miss them."""
+    if package not in sys.modules:
+        for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+            del sys.modules[name]
+
+
 def _import_datasets() -> ModuleType:
     try:
         from torchvision import datasets
@@ -35,9 +42,7 @@ def _import_datasets() -> ModuleType:
         for name in _UNDECLARED_OPERATORS:
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _declared.append(library)
-        # What the import left behind half done would be taken for whole.
-        for name in [name for name in sys.modules if name.startswith("torchvision.")]:
-            del sys.modules[name]
+        forget_parts("torchvision")
         from torchvision import datasets
     return datasets
 

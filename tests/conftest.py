@@ -23,6 +23,9 @@ from locallip.training import run as training_run
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+# The tests' own imports of matplotlib would fail by a notebook's, where it is unknown; those that ask for one set it.
+os.environ.pop("MPLBACKEND", None)
+
 pytest.register_assert_rewrite("oracles", "contracts_of_layers", "contracts_of_operators")
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -84,6 +84,15 @@ def test_the_table_draws_trainings_for_a_notebook(tmp_path):
     assert (folder / "training.png").is_file()
 
 
+def test_an_import_of_matplotlib_that_failed_before_does_no_harm(tmp_path):
+    code = "import contextlib, sys, pathlib\nwith contextlib.suppress(ValueError):\n    import matplotlib\n"
+    code += "assert 'matplotlib' not in sys.modules\nfrom locallip.evaluation import pictures\n"
+    code += f"with pictures.drawing(pathlib.Path({str(tmp_path / 'line.png')!r})) as axes:\n    axes.plot([0, 1])\n"
+    answer = spawn("-c", code, **ENVIRONMENTS["notebook"])
+    assert (answer.code, answer.err) == (0, "")
+    assert (tmp_path / "line.png").is_file()
+
+
 def a_line(path):
     with pictures.drawing(path) as axes:
         axes.plot(np.arange(3))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from locallip.dependencies import forget_parts
 from locallip.evaluation.outcome import CERTIFIED_MULTIPLES, PGD_MULTIPLES, Outcome
 from locallip.evaluation.summary import ratio
 from locallip.files import write_atomically
@@ -50,6 +51,7 @@ def drawing(path: Path, height: float = 4.2) -> Iterator[Axes]:
 
 
 def _import_matplotlib() -> ModuleType:
+    forget_parts("matplotlib")  # somebody's import of it may have failed by its backend
     named = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib.backends.backend_agg
