@@ -151,8 +151,9 @@ def verify(
     """Decide image by image whether the label y is the network's answer on the whole epsilon-ball around x.
 
     Stages ask in this order, each about what those before it left open: whether x itself is classified right, the
-    global norms, the local norms, an attack, the dual. Where there is no dual, the attack goes before the local norms
-    of many Lanczos steps. What is certified is what `certify` answers.
+    global norms, the local norms, an attack, the dual; where masks matter to it, better local norms and the dual again.
+    Where there is no dual, the attack goes before the local norms of many Lanczos steps. What is certified is what
+    `certify` answers.
 
     Args:
         model: as for `certify`; it is not changed. The certificate is for the function that its weights define in exact
@@ -210,7 +211,7 @@ def _refuse(x: Tensor, attack: int, batch_size: int, clip: tuple[float, float] |
 
 def _with_attack(stages: list[Stage], attack: AttackStage) -> list[Stage]:
     """Put the attack before the dual or, where there is none, before the local norms that cost most."""
-    place = len(stages) - 1 if isinstance(stages[-1], DualStage) else 2
+    place = next((number for number, stage in enumerate(stages) if isinstance(stage, DualStage)), 2)
     # What fails by the product may fall, so only certificates settle anything before it.
     first = [replace(stage, from_below=False) for stage in stages[:place]]
     return [*first, attack, *stages[place:]]

@@ -18,20 +18,20 @@ from locallip.bound.precision import own_precision
 from locallip.bound.proven_norms import ProvenNorms
 from locallip.bound.stages import DualStage, ProductStage, Question, Stage
 
-# Lanczos steps of the stages of a proof that ends with the product, and of one that goes on to the dual, where more
-# made no difference on 24 digits (14 certified with 75 as with 250 steps, in 9 instead of 95 seconds).
+# Lanczos steps of the stages of a proof that ends with the product, and of those that the dual comes behind each time:
+# after 25 it decides nearly all, and more than 75 made no difference (docs/log.md).
 LANCZOS_STEPS = (0, 25, 75, 250)
-_STEPS_BEFORE_DUAL = (0, 25, 75)
+_STEPS_BEFORE_DUAL = (25, 75)
 # How far a proof goes: as far as the product of norms does, or on to the dual.
 EFFORTS = ("product", "dual")
 
 
 def proof_stages(graph: Graph, x: Tensor, norms: ProvenNorms, effort: str = "dual") -> list[Stage]:
-    """Global norms, then more and more Lanczos steps, then the dual.
+    """Global norms, then local ones by more and more Lanczos steps, with the dual behind each.
 
     Where no activation treats its entries one by one, masks switch off columns alone, and the dual proves as much with
-    global norms; it comes right behind these then. Where the dual cannot be asked (see `dual.around`), the stages are
-    those of the product. x: (N, ...) images, of which only shape and dtype count.
+    global norms; it comes once then, right behind these. Where the dual cannot be asked (see `dual.around`), the stages
+    are those of the product. x: (N, ...) images, of which only shape and dtype count.
 
     Raises:
         ValueError: for an effort of another name.
@@ -40,11 +40,14 @@ def proof_stages(graph: Graph, x: Tensor, norms: ProvenNorms, effort: str = "dua
     meanings = graph.meanings(x, norms.arithmetic)
     if effort == "product" or not is_chain(meanings):
         return [_product_stage(norms, steps) for steps in LANCZOS_STEPS]
-    needs_masks = any(isinstance(meaning, Activation) and meaning.elementwise for _, meaning in meanings)
-    *first, last = _STEPS_BEFORE_DUAL if needs_masks else _STEPS_BEFORE_DUAL[:1]
+    if not any(isinstance(meaning, Activation) and meaning.elementwise for _, meaning in meanings):
+        return [replace(_product_stage(norms, 0), before_dual=True), DualStage()]
     # What fails by the product may hold by the dual, so only certificates settle anything before it.
-    stages = [replace(_product_stage(norms, steps), from_below=False) for steps in first]
-    return [*stages, replace(_product_stage(norms, last), before_dual=True), DualStage()]
+    stages: list[Stage] = [replace(_product_stage(norms, 0), from_below=False)]
+    for number, steps in enumerate(_STEPS_BEFORE_DUAL):
+        product = replace(_product_stage(norms, steps), before_dual=True, costly=number > 0)
+        stages += [product, DualStage(f"{DualStage.name}, {steps} Lanczos steps")]
+    return stages
 
 
 def refuse_effort(effort: str) -> None:

@@ -91,7 +91,7 @@ class Stage(ABC):
     """
 
     name: str
-    costly: bool = False
+    costly: bool
 
     @abstractmethod
     def ask(self, question: Question, carried: Carried | None) -> Answer:
@@ -110,6 +110,7 @@ class ProductStage(Stage):
         from_below: whether no lower end is above that of the last stage, so that what fails by them stays so.
         before_dual: whether the dual comes next; what fails by the product is open then.
         masks: whether the norms make use of masks.
+        costly: see `Stage`.
     """
 
     name: str
@@ -118,10 +119,7 @@ class ProductStage(Stage):
     from_below: bool = True
     before_dual: bool = False
     masks: bool = True
-
-    @property
-    def costly(self) -> bool:
-        return self.before_dual
+    costly: bool = False
 
     def ask(self, question: Question, carried: Carried | None) -> Answer:
         x, y, epsilon, clip = question.x, question.y, question.epsilon, question.clip
@@ -140,12 +138,13 @@ class ProductStage(Stage):
             "eliminated_rows": rows,
             "eliminated_columns": columns,
         }
-        carries = self._carried(bound, worst, question) if self.before_dual else None
+        carries = self._carried(bound, worst, question, carried) if self.before_dual else None
         return Answer(found, settled | ~possible, bound.global_hidden_lipschitz, carries)
 
-    def _carried(self, bound: Bound, worst: Tensor, question: Question) -> Carried:
+    def _carried(self, bound: Bound, worst: Tensor, question: Question, before: Carried | None) -> Carried:
         y = question.y[:, None]
         margins = (worst.gather(1, y) - worst).scatter(1, y, torch.inf)
+        margins = margins if before is None else best_of(before.margins, margins)
         deployed = bound.deployed_rounding
         deployed = torch.zeros_like(margins) if isinstance(deployed, float) else deployed
         chain = chain_of(bound, question.x, question.epsilon, self.norms, question.clip, self.masks)
@@ -170,11 +169,19 @@ class DualStage(Stage):
             return Answer({}, torch.zeros_like(question.y, dtype=torch.bool))
         asked = ~(carried.margins > 0)
         found = prove_classes(carried.chain, question.y, asked, carried.besides, self.iterations)
-        margins = torch.maximum(carried.margins, found.margin)
-        # A NaN of the product says nothing about the dual.
-        margins = torch.where(carried.margins.isnan(), found.margin, margins)
+        margins = best_of(carried.margins, found.margin)
         margin = margins.amin(dim=1)
-        return Answer({"worst_margin": margin}, margin > 0)
+        return Answer({"worst_margin": margin}, margin > 0, carried=replace(carried, margins=margins))
+
+
+def best_of(margins: Tensor, others: Tensor) -> Tensor:
+    """The larger of two lower bounds each; a NaN says nothing about the other."""
+    return torch.where(margins.isnan(), others, torch.where(others.isnan(), margins, torch.maximum(margins, others)))
+
+
+def is_by_dual(name: str) -> bool:
+    """Whether a stage of this name is the dual."""
+    return name.startswith(DualStage.name)
 
 
 def eliminated(bound: Bound) -> tuple[Tensor, Tensor]:

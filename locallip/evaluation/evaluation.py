@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from locallip import distributed
+from locallip.bound.stages import is_by_dual
 from locallip.evaluation.attacks import right
 from locallip.evaluation.certificates import Estimate, Proven
 from locallip.evaluation.outcome import CERTIFIED_MULTIPLES, OPEN, PGD_MULTIPLES, Findings, Outcome
@@ -113,8 +114,8 @@ def _findings(
     found = known.columns
     found["certified"] = found["worst_margin"] > 0
     right_at_x = found["margin"] > 0
-    by_product = found["certified"] & torch.from_numpy(known.certified_by != "dual").to(x.device)
-    curves = {"product_over_radius": over("product", by_product)}
+    by_dual = torch.tensor([is_by_dual(name) for name in known.certified_by], device=x.device)
+    curves = {"product_over_radius": over("product", found["certified"] & ~by_dual)}
     is_all = certificate.effort == "product"
     curves["certified_over_radius"] = curves["product_over_radius"] if is_all else over("dual", found["certified"])
     columns = {name: column.cpu().numpy() for name, column in found.items()}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from locallip.bound.stages import is_by_dual
 from locallip.evaluation.outcome import Outcome
 
 _PACKAGES = ("torch", "torchvision", "numpy", "advertorch")
@@ -33,6 +34,7 @@ def summarize(
     checkpoint: the evaluated file. training: the arguments it was trained with, if it knows. certificate: its `kind`,
     `proven` or `estimate`, and what belongs to it. seconds: wall time. stage_seconds: the same of its stages.
     """
+    by_dual = np.array([is_by_dual(name) for name in outcome.decided_by], dtype=bool)
     return {
         "arguments": vars(args),
         "checkpoint": {"sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), "training": training},
@@ -43,7 +45,7 @@ def summarize(
             "clean": _accuracy(outcome.clean),
             "pgd": _accuracy(outcome.pgd),
             "certified": _accuracy(outcome.certified),
-            "certified_by_product": _accuracy(outcome.certified & (outcome.decided_by != "dual")),
+            "certified_by_product": _accuracy(outcome.certified & ~by_dual),
             "certified_globally": _accuracy(outcome.global_radius > args.epsilon),
         },
         "decided_by": {

@@ -1,6 +1,7 @@
 """Proven certificates: no margin too large, not one certified image that falls."""
 
 import functools
+from itertools import pairwise
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from locallip.bound.layers import ClampGroupSort, Normalize
 from locallip.bound.power_iteration import PowerIteration
 from locallip.bound.proof import EFFORTS, LANCZOS_STEPS, decide, proof_stages, prove, proven_norms
 from locallip.bound.proven_norms import ProvenNorms
-from locallip.bound.stages import DualStage, ProductStage
+from locallip.bound.stages import DualStage, ProductStage, best_of, is_by_dual
 from locallip.bound.walk import propagate
 from locallip.bound.worst_case import worst_logits, worst_margin
 
@@ -172,16 +173,18 @@ def test_every_image_is_decided_in_one_stage_or_stays_open(proof_of, effort, eps
     assert not (proof.worst_margin[still_open] > 0).any()
 
 
-def test_the_stages_of_a_product_are_those_of_the_lanczos_steps_and_the_dual_comes_last(net):
+def test_the_stages_of_a_product_are_those_of_the_lanczos_steps_and_a_dual_comes_behind_local_norms(net):
     model, x, _ = net
     norms = ProvenNorms(SURELY, 10)
     product, dual = (proof_stages(Graph.of(model), x, norms, effort) for effort in EFFORTS)
     assert [stage.norms.steps for stage in product] == list(LANCZOS_STEPS)
     assert not any(isinstance(stage, DualStage) or stage.costly for stage in product)
-    assert isinstance(dual[-1], DualStage)
-    assert dual[-2].before_dual
+    assert [type(stage) for stage in dual] == [ProductStage, *[ProductStage, DualStage] * 2]
+    assert [stage.norms.steps for stage in dual if isinstance(stage, ProductStage)] == [0, 25, 75]
+    assert [stage.costly for stage in dual] == [False, False, True, True, True]
+    assert all(before.before_dual for before, stage in pairwise(dual) if isinstance(stage, DualStage))
     assert len({stage.name for stage in dual}) == len(dual)
-    assert all(stage.norms.budget is norms.budget for stage in (*product, *dual[:-1]))
+    assert all(stage.norms.budget is norms.budget for stage in (*product, dual[0], dual[1], dual[3]))
 
 
 def test_where_masks_switch_off_columns_alone_the_dual_comes_behind_the_global_norms():
@@ -232,8 +235,7 @@ def test_every_image_has_a_radius_of_its_own_in_every_stage(net):
 
 def test_costly_stages_are_not_asked_about_images_that_an_attack_broke(net):
     model, x, y = net
-    first, second = stages_by_steps(0, 8)[0], stages_by_steps(8, before_dual=True, from_below=False)[0]
-    assert second.costly
+    first, second = stages_by_steps(0, 8)[0], stages_by_steps(8, costly=True, from_below=False)[0]
     fallen = torch.arange(IMAGES) % 2 == 0
     known = decide([first, second], model, x, y, 0.3, fallen=fallen)
     wanted = x[~fallen & (known.stage != 0)]
@@ -254,6 +256,21 @@ def test_the_dual_never_lowers_a_margin_and_needs_what_a_product_hands_on(net):
     assert (with_dual > product).any()
     nothing = decide([*stages_by_steps(8), DualStage()], model, x[:6], y[:6], 0.3).worst_margin
     assert torch.equal(nothing, product)
+
+
+def test_what_a_dual_proved_of_a_class_is_known_to_the_stages_behind_it(net):
+    model, x, y = net
+    first = [*stages_by_steps(250, before_dual=True), DualStage(iterations=20)]
+    worse = [*stages_by_steps(0, before_dual=True), DualStage("dual again", iterations=1)]
+    once, twice, worse = (decide(stages, model, x, y, 0.3) for stages in (first, first + worse, worse))
+    assert (twice.worst_margin > once.worst_margin - 1e-9).all()
+    assert (twice.worst_margin > worse.worst_margin)[twice.stage == 4].any()
+
+
+def test_a_bound_that_is_no_number_says_nothing_about_another():
+    nan, inf = torch.nan, torch.inf
+    best = best_of(torch.tensor([1.0, nan, 2.0, nan, -inf]), torch.tensor([nan, 1.0, 3.0, nan, 0.0]))
+    torch.testing.assert_close(best, torch.tensor([1.0, 1.0, 3.0, nan, 0.0]), equal_nan=True)
 
 
 def test_an_effort_of_another_name_is_refused(net):
@@ -399,7 +416,7 @@ def test_what_holds_in_float32_costs_margin(proof_of, effort, epsilon):
     assert (deployed.worst_margin > 0).sum() <= (exact.worst_margin > 0).sum()
     # The dual's multipliers are found by search, which ends elsewhere.
     same = (deployed.hidden_lipschitz == exact.hidden_lipschitz) & (deployed.stage == exact.stage)
-    same &= torch.tensor([name != "dual" for name in (*exact.stages, "open")])[exact.stage]
+    same &= torch.tensor([not is_by_dual(name) for name in (*exact.stages, "open")])[exact.stage]
     assert same.any()
     if effort == "product":
         assert (deployed.worst_margin < exact.worst_margin)[same].all()
