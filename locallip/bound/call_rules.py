@@ -9,6 +9,7 @@ from locallip.bound import plain
 from locallip.bound.composites import Scaling
 from locallip.bound.joins import Add, Concatenate
 from locallip.bound.rules import Place, Reshape, rule
+from locallip.bound.selection import Selection
 
 
 @rule(plain.Affine)
@@ -27,6 +28,11 @@ def _over_image(value: float | Tensor, place: Place) -> Tensor:
 @rule(plain.View)
 def _view(layer: plain.View, place: Place) -> Reshape:
     return Reshape(layer.forward)
+
+
+@rule(plain.Select)
+def _select(layer: plain.Select, place: Place) -> Selection:
+    return Selection.of(layer.places, place.position, place.shape, place.like)
 
 
 @rule(plain.Add)

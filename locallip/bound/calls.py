@@ -36,10 +36,12 @@ class Call:
     """A call as a translation sees it.
 
     Attributes:
+        function: what was called.
         depends: whether a value comes from the images.
         result: what the call has returned.
     """
 
+    function: Callable[..., Any]
     depends: Callable[[Any], bool]
     result: Any
 
@@ -48,24 +50,25 @@ class NoTranslationError(TypeError):
     """A call with arguments that mean no layer; the message says why."""
 
 
-Translation = Callable[..., Step]
+Translation = Callable[..., Step | tuple[Step, ...]]
 _TABLE: dict[Callable[..., Any], Translation] = {}
 
 
-def translate(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], call: Call) -> Step:
-    """The steps that a call means.
+def translate(args: tuple, kwargs: dict[str, Any], call: Call) -> tuple[Step, ...]:
+    """The steps that a call means, one for each tensor that it gives.
 
     Raises:
         NoTranslationError: where there are none.
     """
-    if function not in _TABLE:
+    if call.function not in _TABLE:
         raise NoTranslationError("has no rule")
     try:
-        return _TABLE[function](call, *args, **kwargs)
+        steps = _TABLE[call.function](call, *args, **kwargs)
     except NoTranslationError:
         raise
     except (TypeError, ValueError, AssertionError) as error:
         raise NoTranslationError(f"has arguments without a rule ({error})") from None
+    return steps if isinstance(steps, tuple) else (steps,)
 
 
 def means(*functions: Callable[..., Any] | str) -> Callable[[Translation], Translation]:

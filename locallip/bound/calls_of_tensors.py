@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from locallip.bound.calls import Call, NoTranslationError, Step, means
-from locallip.bound.plain import Add, Affine, Concatenate, View
+from locallip.bound.plain import Add, Affine, Concatenate, Select, View
+from locallip.bound.selection import places_of
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
 
@@ -88,6 +90,38 @@ def _concatenate(call: Call, tensors: Sequence[Tensor], dim: int = 0, *, axis: i
     if not all(call.depends(tensor) for tensor in tensors):
         raise NoTranslationError("joins activations with constants")
     return Step(Concatenate(dim), tuple(tensors))
+
+
+# --- moves of entries ------------------------------------------------------------------------------------------------
+
+_MOVES = (
+    *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "flip", "fliplr", "flipud", "rot90"),
+    *("roll", "narrow", "select", "index_select", "repeat_interleave", "tile", "broadcast_to"),
+    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
+)
+_MOVES_OF_TENSORS = (Tensor.__getitem__, Tensor.repeat, Tensor.expand, Tensor.unfold)
+_MOVES_OF_LAYERS = (F.pad, F.unfold, F.interpolate, F.channel_shuffle)
+
+
+@means(*_MOVES, *_MOVES_OF_TENSORS, *_MOVES_OF_LAYERS)
+def _move(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Step:
+    return _moved(call, input, lambda x: call.function(x, *args, **kwargs))
+
+
+@means("chunk", "split", "tensor_split", "unbind")
+def _moves(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Step, ...]:
+    def part(number: int) -> Step:
+        return _moved(call, input, lambda x: call.function(x, *args, **kwargs)[number])
+
+    return tuple(part(number) for number in range(len(call.result)))
+
+
+def _moved(call: Call, input: Tensor, move: Callable[[Tensor], Tensor]) -> Step:
+    try:
+        places = places_of(move, input.shape[1:], input.device, len(input))
+    except ValueError as error:
+        raise NoTranslationError(str(error)) from None
+    return Step(Select(places), (input,))
 
 
 # --- what changes no number ------------------------------------------------------------------------------------------

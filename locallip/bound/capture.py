@@ -216,15 +216,16 @@ class _Reader(TorchFunctionMode):
         try:
             if any(constants.get(id(tensor), tensor._version) != tensor._version for tensor in tensors):
                 raise NoTranslationError("writes activations into another tensor")
-            step = translate(function, args, kwargs, Call(self._depends, result))
-            if {id(tensor) for tensor in step.tensors()} != set(before):
+            steps = translate(args, kwargs, Call(function, self._depends, result))
+            if any({id(tensor) for tensor in step.tensors()} != set(before) for step in steps):
                 raise NoTranslationError("depends on the images in more than its first argument")
         except NoTranslationError as reason:
             self.obstacles.append(Obstacle(f"{name_of(function)}{self._where()} {reason}", self._way_out()))
             self._go_on(list(tensors_in(result)))
             return result
         self._captured.roots += {id(root): root for root in self._roots(tensors)}.values()
-        self._trace(result, self._apply(step, function, before)[0])
+        for tensor, step in zip(tensors_in(result), steps, strict=True):
+            self._trace(tensor, self._apply(step, function, before)[0])
         return result
 
     def _call(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:

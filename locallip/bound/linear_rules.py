@@ -23,6 +23,7 @@ from locallip.bound.rules import (
     rule,
     shape_of,
 )
+from locallip.bound.selection import Selection, places_of
 from locallip.bound.transposed import TransposedConv
 
 
@@ -150,11 +151,31 @@ def _adaptive_average_pooling(layer: nn.Module, place: Place) -> LinearOperator:
     return AveragePool(matrices, place.shape[0], place.position)
 
 
+# --- moves of entries ------------------------------------------------------------------------------------------------
+
+
+@rule(nn.ZeroPad1d, nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ReflectionPad1d, nn.ReflectionPad2d)
+@rule(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.CircularPad1d, nn.CircularPad2d)
+@rule(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Unfold, nn.Upsample, nn.UpsamplingNearest2d)
+def _move(layer: nn.Module, place: Place) -> Selection:
+    try:
+        places = places_of(layer, place.shape, place.like.device)
+    except ValueError as error:
+        refuse(place, layer, str(error))
+    return Selection.of(places, place.position, place.shape, place.like)
+
+
 # --- what changes no number ------------------------------------------------------------------------------------------
 
 
 def _as_it_is(x: Tensor) -> Tensor:
     return x
+
+
+@rule(nn.Unflatten)
+def _unflatten(layer: nn.Unflatten, place: Place) -> Reshape:
+    shape = shape_of(layer, place)
+    return Reshape(lambda x: x.reshape(len(x), *shape))
 
 
 @rule(nn.Identity)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from locallip.bound.selection import select
+
 Number = float | Tensor
 
 
@@ -32,6 +34,17 @@ class View(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.reshape(len(x), *self.shape)
+
+
+class Select(nn.Module):
+    """Some of every image's entries, or 0, in another order. places: see `selection.places_of`."""
+
+    def __init__(self, places: Tensor):
+        super().__init__()
+        self.places = places
+
+    def forward(self, x: Tensor) -> Tensor:
+        return select(x, self.places)
 
 
 class Add(nn.Module):

@@ -73,7 +73,7 @@ class Region:
             row = operator.absolute(half.new_ones(1, *operator.input_shape))
             if row.dim() == 4:
                 row = row.contiguous(memory_format=torch.channels_last)  # the order of `fused`
-            half = ForEveryImage.apply(row, half)
+            half = ForEveryImage.apply(row, half.view(-1, *[1] * len(operator.output_shape)))
         if isinstance(rounding, Tensor) or rounding:  # a sum with 0 would be a pass over memory
             half, reach = half + rounding, reach + rounding
         return UncutRegion(operator.affine(stack), half, reach, lost)

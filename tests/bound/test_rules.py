@@ -600,6 +600,31 @@ class TestFlatten(RuleContract):
         return [nn.Flatten()]
 
 
+class TestUnflatten(RuleContract):
+    def create(self):
+        return [nn.Unflatten(1, (1, 2))]
+
+
+# --- moves of entries ------------------------------------------------------------------------------------------------
+
+MOVES = (
+    (SIGNALS, (nn.ZeroPad1d((1, 0)), nn.ConstantPad1d(2, 0.0), nn.ReflectionPad1d(2), nn.ReplicationPad1d((0, 2)))),
+    (SIGNALS, (nn.CircularPad1d(1),)),
+    (MAPS, (nn.ZeroPad2d((1, 0, -1, 1)), nn.ConstantPad2d(1, 0.0), nn.ReflectionPad2d(1), nn.ReplicationPad2d(2))),
+    (MAPS, (nn.CircularPad2d(1), nn.PixelUnshuffle(2), nn.ChannelShuffle(2), nn.Unfold(3, padding=1))),
+    (MAPS, (nn.Upsample(scale_factor=2), nn.UpsamplingNearest2d(size=(7, 9)))),
+    ((4, 3, 3), (nn.PixelShuffle(2),)),
+)
+
+
+def _contract_of(layer, shape):
+    members = {"shape": shape, "create": lambda self: [layer]}
+    return type(f"Test{type(layer).__name__}", (LinearRuleContract,), members)
+
+
+globals().update({f"Test{type(layer).__name__}": _contract_of(layer, shape) for shape, ls in MOVES for layer in ls})
+
+
 def test_every_rule_has_its_tests():
     tested = {type(layer) for contract in _contracts(RuleContract) for layer in contract().create()}
     inside = {kind for kind in rules._RULES if kind.__module__ in rules._INTERNAL}  # tested with what they stand for
