@@ -20,10 +20,13 @@ class Step:
 
     Attributes:
         layer: None stands for what changes no number.
+        inputs: what it is applied to.
+        made_from: constants that the layer was made from and does not hold itself.
     """
 
     layer: nn.Module | None
     inputs: tuple[Tensor | Step, ...]
+    made_from: tuple[Tensor, ...] = ()
 
     def tensors(self) -> Iterator[Tensor]:
         """The activations that it is applied to in the end."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from locallip.bound.calls import Call, NoTranslationError, Step, means
 from locallip.bound.plain import Add, Affine, Concatenate, Select, View
+from locallip.bound.seen import tensors_in
 from locallip.bound.selection import places_of
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
@@ -105,23 +106,23 @@ _MOVES_OF_LAYERS = (F.pad, F.unfold, F.interpolate, F.channel_shuffle)
 
 @means(*_MOVES, *_MOVES_OF_TENSORS, *_MOVES_OF_LAYERS)
 def _move(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Step:
-    return _moved(call, input, lambda x: call.function(x, *args, **kwargs))
+    return _moved(call, input, lambda x: call.function(x, *args, **kwargs), tensors_in((args, kwargs)))
 
 
 @means("chunk", "split", "tensor_split", "unbind")
 def _moves(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Step, ...]:
     def part(number: int) -> Step:
-        return _moved(call, input, lambda x: call.function(x, *args, **kwargs)[number])
+        return _moved(call, input, lambda x: call.function(x, *args, **kwargs)[number], tensors_in((args, kwargs)))
 
     return tuple(part(number) for number in range(len(call.result)))
 
 
-def _moved(call: Call, input: Tensor, move: Callable[[Tensor], Tensor]) -> Step:
+def _moved(call: Call, input: Tensor, move: Callable[[Tensor], Tensor], constants: Iterable[Tensor]) -> Step:
     try:
         places = places_of(move, input.shape[1:], input.device, len(input))
     except ValueError as error:
         raise NoTranslationError(str(error)) from None
-    return Step(Select(places), (input,))
+    return Step(Select(places), (input,), tuple(constants))
 
 
 # --- what changes no number ------------------------------------------------------------------------------------------

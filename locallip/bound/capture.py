@@ -43,7 +43,7 @@ class Captured:
         nodes: in the order of the calls.
         output: position of the node that makes the logits.
         shape: of one image's output.
-        roots: tensors that the run has computed others from, of which a node is made; not the images.
+        roots: tensors that nodes were made from and do not hold themselves; not the images.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -223,7 +223,8 @@ class _Reader(TorchFunctionMode):
             self.obstacles.append(Obstacle(f"{name_of(function)}{self._where()} {reason}", self._way_out()))
             self._go_on(list(tensors_in(result)))
             return result
-        self._captured.roots += {id(root): root for root in self._roots(tensors)}.values()
+        made_from = [constant for step in steps for constant in step.made_from]
+        self._captured.roots += {id(root): root for root in (*self._roots(tensors), *made_from)}.values()
         for tensor, step in zip(tensors_in(result), steps, strict=True):
             self._trace(tensor, self._apply(step, function, before)[0])
         return result

@@ -135,7 +135,7 @@ class Graph:
         if self.shape is not None and x.shape[1:] != self.shape:
             raise ValueError(f"the network was run on images {tuple(self.shape)}, these are {tuple(x.shape[1:])}")
         if not all(torch.equal(now, before) for now, before in self.weights):
-            raise ValueError("the network computes weights from others, which have changed: make its graph anew")
+            raise ValueError("what the network computes weights or places from has changed: make its graph anew")
 
     def operators(self, x: Tensor) -> list[LinearOperator]:
         """The hidden linear layers in order, for images x (N, ...); errors as `meanings`."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracles import CLASSES, MAPS, attack, batch, images, matrix_of, settled, walk
 from torch import nn
 
-from local_bound import ProvenNorms, certified_radius
+from local_bound import Graph, ProvenNorms, certified_radius
 from locallip.bound.selection import Selection, places_of, select
 
 CPU = torch.device("cpu")
@@ -230,6 +230,26 @@ def test_parts_that_are_split_off_are_told_apart():
     bound = walk(model, x, 0.1)
     torch.testing.assert_close(bound.center, F.relu(x[:, :2] - 2 * x[:, 2:4]))
     assert bound.global_hidden_lipschitz == pytest.approx(math.sqrt(5))  # one operator, of one norm
+
+
+def test_a_graph_is_out_of_date_when_the_numbers_of_channels_change_that_it_was_read_with():
+    class Chosen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("channels", torch.tensor([0, 2]))
+            self.fc = nn.Linear(2, CLASSES)
+            settled(self)
+
+        def forward(self, x):
+            return self.fc(F.relu(x[:, self.channels]))
+
+    model, x = Chosen(), images(3)
+    graph = Graph.of(model, x)
+    torch.testing.assert_close(walk(graph, x, 0.1).logits, model(x))
+    model.channels[1] = 1
+    with pytest.raises(ValueError, match="graph anew"):
+        walk(graph, x, 0.1)
+    torch.testing.assert_close(walk(model, x, 0.1).logits, model(x))
 
 
 def test_norms_of_selections_of_other_places_are_not_mistaken_for_one_another():
