@@ -78,7 +78,7 @@ def test_estimates_in_half_precision_are_close_at_ordinary_scales(dtype, scale):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("activation", [clipped_relu, relu, clipped_maxmin])
 def test_radii_in_half_precision_are_close_to_those_in_float32(activation, dtype, monkeypatch):
-    monkeypatch.setattr(certificates, "_ITERATIONS", 200)  # more than these norms need
+    monkeypatch.setattr(certificates, "_ITERATIONS", 60)  # as many as these norms need
     layers = [
         *(nn.Conv2d(1, 8, 4, 2, 1), activation(8, 14, 14)),
         *(nn.Conv2d(8, 8, 4, 2, 1), activation(8, 7, 7)),
