@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from locallip.bound.seen import tensors_in
+
 
 @dataclass(frozen=True)
 class Step:
@@ -71,7 +73,10 @@ def translate(args: tuple, kwargs: dict[str, Any], call: Call) -> tuple[Step, ..
         raise
     except (TypeError, ValueError, AssertionError) as error:
         raise NoTranslationError(f"has arguments without a rule ({error})") from None
-    return steps if isinstance(steps, tuple) else (steps,)
+    steps = steps if isinstance(steps, tuple) else (steps,)
+    if len(steps) != len(list(tensors_in(call.result))):
+        raise NoTranslationError("gives several tensors")
+    return steps
 
 
 def means(*functions: Callable[..., Any] | str) -> Callable[[Translation], Translation]:

@@ -29,6 +29,7 @@ from locallip.bound.origins import UNSEEN, Operations, Origins
 from locallip.bound.precision import own_precision
 from locallip.bound.rules import describe, has_rule, namesake, no_rule
 from locallip.bound.seen import TELLS_NO_VALUE, name_of, tensors_in, users_line
+from locallip.bound.traces import ChangedInPlaceError, Traces
 
 # Images of the run: another number than there are channels, classes or dimensions, so that they are told apart.
 _IMAGES = 3
@@ -50,6 +51,10 @@ class Captured:
     output: Position | None = IMAGES
     shape: torch.Size = field(default_factory=torch.Size)
     roots: list[Tensor] = field(default_factory=list)
+
+    def keep(self, *roots: Tensor) -> None:
+        """Note roots, each once."""
+        self.roots = list({id(root): root for root in (*self.roots, *roots)}.values())
 
 
 def capture(model: nn.Module, x: Tensor) -> Captured:
@@ -87,15 +92,6 @@ class _Stop(BaseException):
     """Ends a run that nothing more can be learnt from; no `except Exception` of the user's may hold it."""
 
 
-@dataclass(frozen=True)
-class _Traced:
-    """A tensor of the run: kept, so that its identity is its own, with its version, which changes in place."""
-
-    tensor: Tensor
-    position: Position | None
-    version: int
-
-
 class _Reader(TorchFunctionMode):
     """Follows the images through a run."""
 
@@ -105,14 +101,13 @@ class _Reader(TorchFunctionMode):
         self._seen = False
         self._captured = Captured()
         self._paths = {id(module): path for path, module in model.named_modules()}
-        self._traced: dict[int, _Traced] = {}
-        self._computed: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        self._traces = Traces()
         self._inside: list[nn.Module] = []
         self._leaf: nn.Module | None = None
         self._before: dict[int, Position | None] = {}
         self._names: set[Position] = set()
         self._thread = threading.get_ident()
-        self._trace(images, IMAGES)
+        self._traces.trace(images, IMAGES)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -136,7 +131,7 @@ class _Reader(TorchFunctionMode):
                     "wrap it in a module whose forward returns the logits alone",
                 )
             )
-        elif not self.obstacles and not self._depends(output):
+        elif not self.obstacles and not self._traces.depends(output):
             self.obstacles.append(Obstacle("the logits do not come from the images by calls that can be seen"))
         if self.obstacles:
             raise Refusal(self.obstacles)
@@ -152,7 +147,7 @@ class _Reader(TorchFunctionMode):
         self._inside.append(module)
         if _is_leaf(module):
             self._refuse_unknown(tensors_in(args), type(module).__name__)
-            self._enter_leaf(module, [value for value in args if self._depends(value)])
+            self._enter_leaf(module, [value for value in args if self._traces.depends(value)])
 
     def _enter_leaf(self, module: nn.Module, inputs: list[Tensor]) -> None:
         # All of it now, since the layer may work in place, or fail.
@@ -168,13 +163,15 @@ class _Reader(TorchFunctionMode):
         self._inside.pop()
         if module is self._leaf:
             self._leaf = None
-            self._leave_leaf(module, [value for value in (*args, *kwargs.values()) if self._depends(value)], output)
+            self._leave_leaf(
+                module, [value for value in (*args, *kwargs.values()) if self._traces.depends(value)], output
+            )
 
     def _leave_leaf(self, module: nn.Module, inputs: list[Tensor], output: Any) -> None:
         tensors = list(tensors_in(output))
         if not inputs:
             self._origins.made(tensors)
-            self._compute([*module.parameters(), *module.buffers()], output)
+            self._traces.compute([*module.parameters(), *module.buffers()], output)
         elif not has_rule(module):
             self._go_on(tensors)
         elif len(inputs) != 1 or len(self._before) != 1 or not isinstance(output, Tensor):
@@ -186,7 +183,7 @@ class _Reader(TorchFunctionMode):
             self._captured.nodes.append(
                 Node(position, module, tuple(self._before.values()), inputs[0].shape[1:], users_line())
             )
-            self._trace(output, position)
+            self._traces.trace(output, position)
 
     def _path(self, module: nn.Module) -> str:
         return self._paths.get(id(module), f"<{type(module).__name__} that the network does not list>")
@@ -201,11 +198,11 @@ class _Reader(TorchFunctionMode):
             return self._call(function, args, kwargs)
         tensors = list(tensors_in((args, kwargs)))
         self._refuse_unknown(tensors, name_of(function))
-        inputs = [tensor for tensor in tensors if self._depends(tensor)]
+        inputs = [tensor for tensor in tensors if self._traces.depends(tensor)]
         if not inputs:
             result = self._call(function, args, kwargs)
             self._origins.made(tensors_in(result))
-            self._compute(tensors, result)
+            self._traces.compute(tensors, result)
             return result
         self._refuse_training(function, args, kwargs)
         before = {id(tensor): (self._position(tensor), tensor.shape[1:]) for tensor in inputs}
@@ -216,7 +213,7 @@ class _Reader(TorchFunctionMode):
         try:
             if any(constants.get(id(tensor), tensor._version) != tensor._version for tensor in tensors):
                 raise NoTranslationError("writes activations into another tensor")
-            steps = translate(args, kwargs, Call(function, self._depends, result))
+            steps = translate(args, kwargs, Call(function, self._traces.depends, result))
             if any({id(tensor) for tensor in step.tensors()} != set(before) for step in steps):
                 raise NoTranslationError("depends on the images in more than its first argument")
         except NoTranslationError as reason:
@@ -224,9 +221,9 @@ class _Reader(TorchFunctionMode):
             self._go_on(list(tensors_in(result)))
             return result
         made_from = [constant for step in steps for constant in step.made_from]
-        self._captured.roots += {id(root): root for root in (*self._roots(tensors), *made_from)}.values()
+        self._captured.keep(*self._traces.roots(tensors), *made_from)
         for tensor, step in zip(tensors_in(result), steps, strict=True):
-            self._trace(tensor, self._apply(step, function, before)[0])
+            self._traces.trace(tensor, self._apply(step, function, before)[0])
         return result
 
     def _call(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -240,25 +237,13 @@ class _Reader(TorchFunctionMode):
     def _look(self, operands: tuple[Any, ...]) -> None:
         """Stop where something computes with the images without having been seen."""
         seen = self._seen or self._leaf is not None or threading.get_ident() != self._thread
-        if not seen and any(map(self._depends, tensors_in(operands))):
+        if not seen and any(map(self._traces.depends, tensors_in(operands))):
             self._stop(Obstacle(f"{UNSEEN} computes with the images{self._where()}", self._way_out()))
 
     def _refuse_unknown(self, tensors: Iterable[Tensor], taker: str) -> None:
-        if not self._origins.are_known(tensor for tensor in tensors if not self._depends(tensor)):
+        if not self._origins.are_known(tensor for tensor in tensors if not self._traces.depends(tensor)):
             what = f"{taker}{self._where()} takes a tensor from an earlier run or from {UNSEEN}"
             self._stop(Obstacle(what, f"keep a constant in a buffer (register_buffer), or {self._way_out()}"))
-
-    def _compute(self, tensors: list[Tensor], result: Any) -> None:
-        """Note what was computed without the images, which the tensors that it comes from can change."""
-        roots = [root for tensor in tensors for root in self._computed.get(id(tensor), (tensor, [tensor]))[1]]
-        if roots:
-            self._computed.update({id(t): (t, list({id(r): r for r in roots}.values())) for t in tensors_in(result)})
-
-    def _roots(self, tensors: list[Tensor]) -> Iterator[Tensor]:
-        known = {id(root) for root in self._captured.roots}
-        for tensor in tensors:
-            if id(tensor) in self._computed:
-                yield from (root for root in self._computed[id(tensor)][1] if id(root) not in known)
 
     def _apply(
         self, step: Step, function: Callable[..., Any], known: dict[int, tuple[Any, torch.Size]], outermost: bool = True
@@ -286,20 +271,14 @@ class _Reader(TorchFunctionMode):
             if training or kwargs.get("running_mean", args[1] if len(args) > 1 else None) is None:
                 self._stop(Obstacle(f"batch_norm(){self._where()} depends on the batch", "call it with training=False"))
 
-    # --- tensors -----------------------------------------------------------------------------------------------------
-
-    def _depends(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and id(value) in self._traced
+    # --- tensors and names -------------------------------------------------------------------------------------------
 
     def _position(self, tensor: Tensor) -> Position | None:
-        known = self._traced[id(tensor)]
-        if known.version != tensor._version:
+        try:
+            return self._traces.position(tensor)
+        except ChangedInPlaceError:
             what = f"activations that something has changed in place are used again{self._where()}"
             self._stop(Obstacle(what, "write the change without the underscore, or take inplace=True away"))
-        return known.position
-
-    def _trace(self, tensor: Tensor, position: Position | None) -> None:
-        self._traced[id(tensor)] = _Traced(tensor, position, tensor._version)
 
     def _name(self, name: Position) -> Position:
         """The name, or with a number behind it where another node has it: a layer that is used again."""
@@ -315,7 +294,7 @@ class _Reader(TorchFunctionMode):
     def _go_on(self, tensors: list[Tensor]) -> None:
         """Follow what an obstacle has given, so that all obstacles can be named at once."""
         for tensor in tensors:
-            self._trace(tensor, None)
+            self._traces.trace(tensor, None)
 
     def _stop(self, obstacle: Obstacle) -> None:
         self.obstacles.append(obstacle)
