@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -101,28 +101,20 @@ _MOVES = (
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
 )
 _MOVES_OF_TENSORS = (Tensor.__getitem__, Tensor.repeat, Tensor.expand, Tensor.unfold)
-_MOVES_OF_LAYERS = (F.pad, F.unfold, F.interpolate, F.channel_shuffle)
+_MOVES_APART = ("chunk", "split", "tensor_split", "unbind")
 
 
-@means(*_MOVES, *_MOVES_OF_TENSORS, *_MOVES_OF_LAYERS)
-def _move(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Step:
-    return _moved(call, input, lambda x: call.function(x, *args, **kwargs), tensors_in((args, kwargs)))
-
-
-@means("chunk", "split", "tensor_split", "unbind")
-def _moves(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Step, ...]:
-    def part(number: int) -> Step:
-        return _moved(call, input, lambda x: call.function(x, *args, **kwargs)[number], tensors_in((args, kwargs)))
-
-    return tuple(part(number) for number in range(len(call.result)))
-
-
-def _moved(call: Call, input: Tensor, move: Callable[[Tensor], Tensor], constants: Iterable[Tensor]) -> Step:
+@means(*_MOVES, *_MOVES_OF_TENSORS, *_MOVES_APART, F.pad, F.unfold, F.interpolate)
+def _move(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Step, ...]:
+    constants = tuple(tensors_in((args, kwargs)))
+    if any(map(call.depends, constants)):
+        raise NoTranslationError("takes from the images which entries to move")
+    rounds = call.function is F.interpolate
     try:
-        places = places_of(move, input.shape[1:], input.device, len(input))
+        found = places_of(lambda x: call.function(x, *args, **kwargs), input.shape[1:], input, len(input), rounds)
     except ValueError as error:
         raise NoTranslationError(str(error)) from None
-    return Step(Select(places), (input,), tuple(constants))
+    return tuple(Step(Select(places), (input,), constants) for places in found)
 
 
 # --- what changes no number ------------------------------------------------------------------------------------------
@@ -137,7 +129,7 @@ def _view(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Step:
     return Step(View(call.result.shape[1:]), (input,))
 
 
-@means("clone", "detach", "contiguous", "positive", "alias", Tensor.requires_grad_, Tensor.data.__get__)
+@means("clone", "detach", "contiguous", "positive", "alias", Tensor.requires_grad_)
 def _as_it_is(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Step:
     return Step(None, (input,))
 

@@ -45,12 +45,14 @@ class Captured:
         output: position of the node that makes the logits.
         shape: of one image's output.
         roots: tensors that nodes were made from and do not hold themselves; not the images.
+        draws: whether the run has drawn random numbers.
     """
 
     nodes: list[Node] = field(default_factory=list)
     output: Position | None = IMAGES
     shape: torch.Size = field(default_factory=torch.Size)
     roots: list[Tensor] = field(default_factory=list)
+    draws: bool = False
 
     def keep(self, *roots: Tensor) -> None:
         """Note roots, each once."""
@@ -67,14 +69,17 @@ def capture(model: nn.Module, x: Tensor) -> Captured:
     """
     before = Origins()
     _read(model, x, before)
-    return _read(model, x, Origins(before))
+    chance = torch.get_rng_state()
+    captured = _read(model, x, Origins(before))
+    captured.draws = not torch.equal(chance, torch.get_rng_state())
+    return captured
 
 
 def _read(model: nn.Module, x: Tensor, origins: Origins) -> Captured:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(_IMAGES, *x.shape[1:], generator=generator, dtype=torch.float64, device="cpu")
     reader = _Reader(model, images.to(x.device, x.dtype), origins)
-    with torch.inference_mode(False), own_precision(x.device), reader.watching():
+    with torch.inference_mode(False), torch.no_grad(), own_precision(x.device), reader.watching():
         try:
             output = model(reader.images)
         except _Stop:
@@ -209,7 +214,7 @@ class _Reader(TorchFunctionMode):
         constants = {id(tensor): tensor._version for tensor in tensors if id(tensor) not in before}
         result = self._call(function, args, kwargs)
         if not any(True for _ in tensors_in(result)):
-            self._stop(Obstacle(f"{name_of(function)}{self._where()} takes a value out of the network", _BY_VALUE))
+            self._stop(self._without_result(function))
         try:
             if any(constants.get(id(tensor), tensor._version) != tensor._version for tensor in tensors):
                 raise NoTranslationError("writes activations into another tensor")
@@ -225,6 +230,12 @@ class _Reader(TorchFunctionMode):
         for tensor, step in zip(tensors_in(result), steps, strict=True):
             self._traces.trace(tensor, self._apply(step, function, before)[0])
         return result
+
+    def _without_result(self, function: Callable[..., Any]) -> Obstacle:
+        if function is Tensor.__setitem__:
+            what = f"something writes into a part of activations{self._where()}"
+            return Obstacle(what, "put the parts together with torch.cat or torch.where, as new tensors")
+        return Obstacle(f"{name_of(function)}{self._where()} takes a value out of the network", _BY_VALUE)
 
     def _call(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Call a function that is seen to be called."""

@@ -40,6 +40,8 @@ from locallip.bound.rules import (
 _IN_TRAINING_OTHERWISE = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 # How many images a graph and its network are compared on.
 _COMPARED = 8
+# The same of random ones: another number, so that what moves images about is seen, and no two entries are equal.
+_RANDOM = 5
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Graph:
         last: the last one; where the network ends otherwise, the logits themselves are the last hidden layer, and this
             is the identity.
         shape: of the images that it was read off a run on; None: there was no need to run the network.
-        weights: pairs of a tensor of the network and what it was, where a run has computed weights from others.
+        weights: pairs of a tensor of the network and what it was, where a run has computed weights or places from it.
     """
 
     hidden: tuple[Node, ...]
@@ -65,7 +67,8 @@ class Graph:
 
         A Sequential whose layers all have rules and which ends in a Linear is read as it stands, and nothing is
         computed. Any other network runs once, on three random images; keep its graph where it is asked often. The graph
-        holds the network's own weights, whatever becomes of them.
+        holds the network's own weights, whatever becomes of them; numbers that the network takes out of tensors
+        (`.item()`), and tensors that it replaces, stay in it as they were.
 
         x: (N, ...) images, of which only shape, dtype and device count; needed where the network has to run.
 
@@ -100,6 +103,8 @@ class Graph:
             raise TypeError(f"the network must give logits (N, K), and gives ({shape}); add a Flatten at its end")
         nodes = _folded(_needed(run.nodes, run.output))
         _refuse_settings(nodes, x)
+        if run.draws:
+            raise Refusal([Obstacle("the network draws random numbers", "take them out, or keep some in a buffer")])
         nodes = with_sums(nodes, lambda node: is_affine(node, x))
         if not (nodes and type(nodes[-1].layer) is nn.Linear):
             before = nodes[-1].position if nodes else IMAGES
@@ -119,7 +124,7 @@ class Graph:
         Raises:
             TypeError: names the first layer without a rule and its position; no layer is ever skipped.
             ValueError: names a layer in training mode, or one that takes activations of another width; or for images of
-                another shape than the network was run on, or weights that have changed since others came from them.
+                another shape than the network was run on, or for `weights` that have changed.
         """
         self._refuse_others(x)
         shape, result = x.shape[1:], []
@@ -166,13 +171,18 @@ class Graph:
 
     @torch.no_grad()
     def refuse_if_unlike(self, model: nn.Module, x: Tensor) -> None:
-        """Compare with the network itself on the first images of x (N, ...).
+        """Compare with the network itself on the first images of x (N, ...), and on some random ones.
 
         Raises:
             TypeError: where their logits differ by more than rounding does.
         """
+        shape, generator = (_RANDOM, *x.shape[1:]), torch.Generator().manual_seed(1)
+        others = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
+        for images in (x[:_COMPARED], others):
+            self._refuse_if_unlike(model, images)
+
+    def _refuse_if_unlike(self, model: nn.Module, x: Tensor) -> None:
         own = next((p for p in model.parameters() if p.is_floating_point()), x)
-        x = x[:_COMPARED]
         with own_precision(x.device):
             ours, size = self.logits(x)
             theirs = model(x.to(own.dtype, copy=True))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -158,11 +160,18 @@ def _adaptive_average_pooling(layer: nn.Module, place: Place) -> LinearOperator:
 @rule(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.CircularPad1d, nn.CircularPad2d)
 @rule(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Unfold, nn.Upsample, nn.UpsamplingNearest2d)
 def _move(layer: nn.Module, place: Place) -> Selection:
-    try:
-        places = places_of(layer, place.shape, place.like.device)
-    except ValueError as error:
-        refuse(place, layer, str(error))
+    with _refusing_what_fails(layer, place):
+        (places,) = places_of(layer, place.shape, place.like, rounds=isinstance(layer, nn.Upsample))
     return Selection.of(places, place.position, place.shape, place.like)
+
+
+@contextmanager
+def _refusing_what_fails(layer: nn.Module, place: Place) -> Iterator[None]:
+    """Refuse settings and shapes that a layer itself does not run with."""
+    try:
+        yield
+    except (ValueError, RuntimeError, IndexError) as error:
+        refuse(place, layer, f"{str(error).splitlines()[0]} (it takes {tuple(place.shape)})")
 
 
 # --- what changes no number ------------------------------------------------------------------------------------------
@@ -174,7 +183,10 @@ def _as_it_is(x: Tensor) -> Tensor:
 
 @rule(nn.Unflatten)
 def _unflatten(layer: nn.Unflatten, place: Place) -> Reshape:
-    shape = shape_of(layer, place)
+    if layer.dim in (0, -1 - len(place.shape)):
+        refuse(place, layer, "mixes images; the first dimension must stay the batch")
+    with _refusing_what_fails(layer, place):
+        shape = shape_of(layer, place)
     return Reshape(lambda x: x.reshape(len(x), *shape))
 
 

@@ -34,6 +34,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield value
     elif isinstance(value, dict):
         yield from tensors_in(list(value.values()))
+    elif isinstance(value, slice):
+        yield from tensors_in((value.start, value.stop, value.step))
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from tensors_in(item)

@@ -6,7 +6,7 @@ functions do has to be written down a second time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -15,33 +15,64 @@ from torch import Tensor
 
 from locallip.bound.operators import LinearOperator, Position
 
+Moved = Tensor | Sequence[Tensor]
 
-def places_of(move: Callable[[Tensor], Tensor], shape: torch.Size, device: torch.device, images: int = 2) -> Tensor:
+# In which a user's network may compute.
+_PRECISIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_NO_MOVE = "gives something else than entries of its input or 0"
+_MIXES = "mixes images; the first dimension must stay the batch"
+
+
+def places_of(
+    move: Callable[[Tensor], Moved], shape: torch.Size, like: Tensor, images: int = 2, rounds: bool = False
+) -> list[Tensor]:
     """Which of an image's entries, counted as they lie in memory, each output is; -1: it is 0.
 
-    move: of a tensor (images, *shape), whatever `images` is unless it is given. shape: of one image's entries.
+    One tensor for each that `move` gives, of the shape that one image has there.
+
+    Args:
+        move: of a tensor (N, *shape).
+        shape: of one image's entries.
+        like: a tensor on the device in question.
+        images: N, where the function was made for one number of images.
+        rounds: whether the function computes places in the precision of what it moves; it must come to the same in all.
 
     Raises:
         ValueError: if an output is anything else, or images are mixed.
     """
-    size = shape.numel()
-    numbers = torch.arange(1, images * size + 1, dtype=torch.float64, device=device).view(images, *shape)
-    moved = move(numbers)
-    if moved.dim() < 2 or len(moved) != images:
-        raise ValueError("mixes images; the first dimension must stay the batch")
-    # No average and no constant but 0 keeps its place behind a function that is not linear and leaves 0 alone fixed.
-    known = moved.dtype == numbers.dtype and torch.equal(move(_bent(numbers)), _bent(moved))
-    if not known or not ((moved >= 0) & (moved <= numbers.numel())).all():
-        raise ValueError("gives something else than entries of its input or 0")
-    before = torch.arange(images, device=device).view(-1, *[1] * (moved.dim() - 1)) * size
-    places = torch.where(moved == 0, -1, moved.long() - 1 - before)
-    if not ((places >= -1) & (places < size) & (places == places[0])).all():
-        raise ValueError("mixes images; the first dimension must stay the batch")
-    return places[0]
+    numbers = torch.arange(1, images * shape.numel() + 1, dtype=torch.float64, device=like.device)
+    found = [_places(moved, len(numbers)) for moved in _several(move(numbers.view(images, *shape)))]
+    chance = torch.rand(len(numbers), generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
+    for dtype in _PRECISIONS if rounds else _PRECISIONS[:1]:
+        x = chance.to(like.device, dtype)
+        for moved, places in zip(_several(move(x.view(images, *shape))), found, strict=True):
+            if not torch.equal(moved, select(x[None], places)[0]):
+                raise ValueError(_NO_MOVE)
+    return [_of_one(places, images, shape.numel()) for places in found]
 
 
-def _bent(numbers: Tensor) -> Tensor:
-    return -(numbers**3)
+def _several(moved: Moved) -> Sequence[Tensor]:
+    return (moved,) if isinstance(moved, Tensor) else moved
+
+
+def _places(moved: Tensor, count: int) -> Tensor:
+    """The places of entries that are their own numbers, from 1 on."""
+    if not ((moved >= 0) & (moved <= count)).all():
+        raise ValueError(_NO_MOVE)
+    return moved.long() - 1
+
+
+def _of_one(places: Tensor, images: int, size: int) -> Tensor:
+    """The places in one image, from those in all of them."""
+    if places.dim() == 0 or len(places) != images:
+        raise ValueError(_MIXES)
+    if places.dim() == 1:
+        raise ValueError("leaves one number of every image; keep its dimension")
+    before = torch.arange(images, device=places.device).view(-1, *[1] * (places.dim() - 1)) * size
+    own = torch.where(places < 0, -1, places - before)
+    if not ((own >= -1) & (own < size) & (own == own[0])).all():
+        raise ValueError(_MIXES)
+    return own[0]
 
 
 def select(x: Tensor, places: Tensor) -> Tensor:
@@ -57,12 +88,9 @@ class Selection(LinearOperator):
     """
 
     norm_bound_is_exact = True
-    told_by_weight = True
 
-    def __init__(
-        self, places: Tensor, weight: Tensor, position: Position, shape: torch.Size, bias: Tensor | None = None
-    ):
-        self.places, self.weight, self.bias, self.position = places, weight, bias, position
+    def __init__(self, places: Tensor, weight: Tensor, position: Position, shape: torch.Size):
+        self.places, self.weight, self.bias, self.position = places, weight, None, position
         self.input_shape, self.output_shape = torch.Size(shape), places.shape
 
     @classmethod

@@ -49,7 +49,7 @@ class Carried:
     """What a stage hands on to the next: the chain around N images, and what it knows of every class.
 
     Attributes:
-        chain: None where the dual cannot be asked.
+        chain: None where the dual cannot be asked, or has been.
         margins: (N, K) by how much the label's logit exceeds that of each class in the whole ball; inf at the label.
         besides: (N, K) what a margin may lose by the rounding of the deployed network.
     """
@@ -171,7 +171,7 @@ class DualStage(Stage):
         found = prove_classes(carried.chain, question.y, asked, carried.besides, self.iterations)
         margins = best_of(carried.margins, found.margin)
         margin = margins.amin(dim=1)
-        return Answer({"worst_margin": margin}, margin > 0, carried=replace(carried, margins=margins))
+        return Answer({"worst_margin": margin}, margin > 0, carried=replace(carried, chain=None, margins=margins))
 
 
 def best_of(margins: Tensor, others: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from torch import nn
 from local_bound import Graph, ProvenNorms, certified_radius
 from locallip.bound.selection import Selection, places_of, select
 
-CPU = torch.device("cpu")
 ONE = torch.ones(1, 1, 1, dtype=torch.float64)
 
 
@@ -23,7 +22,8 @@ def _seed():
 
 
 def places(move, *shape, **arguments):
-    return places_of(move, torch.Size(shape), CPU, **arguments)
+    (found,) = places_of(move, torch.Size(shape), ONE, **arguments)
+    return found
 
 
 def selection(move, *shape):
@@ -44,8 +44,7 @@ class TestSelection(OperatorContract):
         to = torch.Size(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
         found = torch.randint(-1, shape.numel(), to)
         weight = torch.randn(to[0], *[1] * (len(to) - 1), dtype=torch.float64)
-        bias = torch.randn(to[0], dtype=torch.float64) if draw(st.booleans()) else None
-        return Selection(found, weight, 0, shape, bias)
+        return Selection(found, weight, 0, shape)
 
 
 # --- what functions do to places -------------------------------------------------------------------------------------
@@ -121,7 +120,9 @@ NO_MOVES = {
     "the other sign": lambda x: -x,
     "a sum": lambda x: x + x.flip(2),
     "a maximum": lambda x: F.max_pool2d(x, 2),
-    "another dtype": lambda x: x.float(),
+    "half of it": lambda x: x / 2,
+    "a border without end": lambda x: F.pad(x, (1, 1), value=math.inf),
+    "no numbers": lambda x: x * math.nan,
 }
 
 
@@ -137,6 +138,7 @@ MIXING = {
     "images one behind the other": lambda x: x.transpose(0, 1),
     "fewer images": lambda x: x[1:],
     "no image": lambda x: x.flatten(),
+    "a number of all": lambda x: x[0, 0, 0, 0],
     "images as channels": lambda x: x.reshape(1, -1, 6, 6),
     "the batch rolled": lambda x: x.roll(1),
 }
@@ -146,6 +148,50 @@ MIXING = {
 def test_a_move_from_image_to_image_is_refused(name):
     with pytest.raises(ValueError, match="mixes images"):
         places(MIXING[name], *MAPS)
+
+
+def test_one_number_of_every_image_is_no_image_any_more():
+    with pytest.raises(ValueError, match="keep its dimension"):
+        places(lambda x: x[:, 0, 0, 0], *MAPS)
+
+
+def test_parts_have_places_each():
+    first, second = places_of(lambda x: x.chunk(2, dim=1), torch.Size([3]), ONE)
+    assert (first.tolist(), second.tolist()) == ([0, 1], [2])
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
+def test_places_that_are_others_in_another_precision_are_refused(mode):
+    def to(size):
+        return lambda x: F.interpolate(x, size=size, mode=mode)
+
+    x = torch.tensor([[[0.0, 1.0]]])
+    apart = next(n for n in range(3, 1000) if not torch.equal(to(n)(x), to(n)(x.double()).float()))
+    places(to(apart), 1, 2)
+    with pytest.raises(ValueError, match="something else"):
+        places(to(apart), 1, 2, rounds=True)
+    assert places(to(6), 1, 2, rounds=True).tolist() == [[0] * 3 + [1] * 3]
+    layers = (nn.Upsample(size=apart, mode=mode), nn.ReLU(), nn.Flatten(), nn.Linear(apart, 2))
+    with pytest.raises(TypeError, match="something else"):
+        walk(settled(*layers), images(1, 2), 0.1)
+    with pytest.raises(TypeError, match=r"interpolate\(\).*something else"):
+        walk(Called(to(apart), *layers[1:]), images(1, 2), 0.1)
+
+
+class Called(nn.Module):
+    """A function, and layers behind it."""
+
+    def __init__(self, function, *layers):
+        super().__init__()
+        self.function, self.layers = function, nn.Sequential(*layers)
+        settled(self)
+
+    def forward(self, x):
+        return self.layers(self.function(x))
+
+
+def flat(inputs):
+    return nn.ReLU(), nn.Flatten(), nn.Linear(inputs, CLASSES)
 
 
 def test_a_function_of_so_many_images_is_asked_about_so_many():
@@ -163,6 +209,60 @@ def test_selected_entries_pass_gradients_on():
 
 
 # --- as layers -------------------------------------------------------------------------------------------------------
+
+
+FAILING = {
+    "channels that are no square": nn.PixelShuffle(2),
+    "a border wider than the image": nn.ReflectionPad2d(9),
+    "nothing left": nn.ZeroPad2d(-4),
+    "groups that do not divide": nn.ChannelShuffle(3),
+    "other sizes": nn.Unflatten(1, (3, 5)),
+    "the batch taken apart": nn.Unflatten(0, (-1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_layer_that_does_not_run_there_is_refused_by_name(name):
+    layer = FAILING[name]
+    with pytest.raises(TypeError, match=rf"{type(layer).__name__} at position 0: .+"):
+        walk(settled(layer, *flat(3)), images(*MAPS), 0.1)
+
+
+READ_OTHERWISE = {
+    "a batch that is turned by all sizes of the reading": (lambda x: x.roll(24, 0), "other logits"),
+    "places by chance": (lambda x: x[:, torch.randperm(2)], "random numbers"),
+    "numbers by chance": (lambda x: x * torch.randint(1, 3, ()), "random numbers"),
+    "places that the images choose": (lambda x: x[:, x[0, :, 0, 0].argsort()], "."),
+    "data that is changed unseen": (lambda x: x.data.mul_(2), "data"),
+    "a part that is written into": (lambda x: x.clone().index_fill_(1, torch.tensor([0]), 0), "index_fill_"),
+}
+
+
+@pytest.mark.parametrize("name", READ_OTHERWISE)
+def test_what_one_run_does_not_show_is_refused(name):
+    function, words = READ_OTHERWISE[name]
+    for _ in range(4):
+        with pytest.raises(TypeError, match=words):
+            walk(Called(function, *flat(72)), images(*MAPS), 0.1)
+
+
+def test_writing_into_a_part_says_so():
+    def zeroed(x):
+        x = x.clone()
+        x[:, 0] = 0
+        return x
+
+    with pytest.raises(TypeError, match=r"writes into a part of activations.*torch\.cat"):
+        walk(Called(zeroed, *flat(72)), images(*MAPS), 0.1)
+
+
+def test_an_activation_in_place_on_a_part_is_what_it_is_outside_of_a_certificate():
+    def halves(x):
+        first, _ = x.chunk(2, dim=1)
+        return F.relu_(first)
+
+    model, x = Called(lambda x: halves(x * 1.0), *flat(36)), images(*MAPS)
+    torch.testing.assert_close(walk(model, x, 0.1).logits, model(x))
 
 
 @pytest.mark.parametrize("layer", [nn.Upsample(scale_factor=2, mode="bilinear"), nn.ConstantPad2d(1, 0.5)], ids=str)
@@ -232,7 +332,10 @@ def test_parts_that_are_split_off_are_told_apart():
     assert bound.global_hidden_lipschitz == pytest.approx(math.sqrt(5))  # one operator, of one norm
 
 
-def test_a_graph_is_out_of_date_when_the_numbers_of_channels_change_that_it_was_read_with():
+@pytest.mark.parametrize(
+    "choose", [lambda x, at: x[:, at], lambda x, at: x[:, at[0] : at[1]], lambda x, at: x.index_select(1, at)]
+)
+def test_a_graph_is_out_of_date_when_the_places_change_that_it_was_read_with(choose):
     class Chosen(nn.Module):
         def __init__(self):
             super().__init__()
@@ -241,12 +344,12 @@ def test_a_graph_is_out_of_date_when_the_numbers_of_channels_change_that_it_was_
             settled(self)
 
         def forward(self, x):
-            return self.fc(F.relu(x[:, self.channels]))
+            return self.fc(F.relu(choose(x, self.channels)))
 
-    model, x = Chosen(), images(3)
+    model, x = Chosen(), images(4)
     graph = Graph.of(model, x)
     torch.testing.assert_close(walk(graph, x, 0.1).logits, model(x))
-    model.channels[1] = 1
+    model.channels += 1
     with pytest.raises(ValueError, match="graph anew"):
         walk(graph, x, 0.1)
     torch.testing.assert_close(walk(model, x, 0.1).logits, model(x))
