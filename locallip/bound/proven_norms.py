@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import secrets
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from locallip.bound.norms import Arithmetic, Bracket
 from locallip.bound.operators import Dense, LinearOperator, Position
 from locallip.bound.rounding import FLOAT32, FLOAT64
 from locallip.bound.tensors import eliminating
+from locallip.bound.whole_norm import Whole
 
 # What a norm is rounded up by, relatively, per step and per term of the longest sum. Lanczos loses its theory when its
 # basis loses orthogonality, so every vector is orthogonalised against all before it, twice, which keeps the basis
@@ -88,7 +88,7 @@ class ProvenNorms:
         self.steps = steps
         self.seed = secrets.randbits(128) if seed is None else seed
         self._whole_steps, self._kept = whole_steps, kept
-        self._known: dict[Position, _Whole] = {}
+        self._known: dict[Position, Whole] = {}
         self._generator = np.random.default_rng(self.seed)
 
     def restart(self, place: int) -> None:
@@ -137,7 +137,7 @@ class ProvenNorms:
         upper[rest] = torch.where(nothing_left, 0, found_upper)
         return Bracket(lower, upper)
 
-    def _whole(self, operator: LinearOperator) -> _Whole:
+    def _whole(self, operator: LinearOperator) -> Whole:
         known = self._known.get(operator.position)
         if known is None or not known.is_of(operator):
             if operator.weight.dtype != torch.float64:
@@ -145,18 +145,18 @@ class ProvenNorms:
             known = self._known[operator.position] = self._measure(operator)
         return known
 
-    def _measure(self, operator: LinearOperator) -> _Whole:
+    def _measure(self, operator: LinearOperator) -> Whole:
         """Bracket a whole norm; NaN where a weight is not finite."""
         share, scale = self.budget.for_whole(), operator.scale
         if not operator.weight.isfinite().all():
             nan = scale * torch.nan
-            return _Whole(operator, Bracket(nan, nan), nan)
+            return Whole(operator, Bracket(nan, nan), nan)
         if not operator.weight.any():
             zero = scale * 0
-            return _Whole(operator, Bracket(zero, zero), zero)
+            return Whole(operator, Bracket(zero, zero), zero)
         found = self._remembered(operator)
         lower, upper = found.bracket(share, scale)
-        return _Whole(operator, Bracket(lower * scale, upper * scale), scalar(found.absolute, scale) * scale)
+        return Whole(operator, Bracket(lower * scale, upper * scale), scalar(found.absolute, scale) * scale)
 
     def _remembered(self, operator: LinearOperator) -> Measured:
         """What is known of an operator of finite weights, divided by its scale."""
@@ -245,25 +245,6 @@ class ProvenNorms:
 
 def _normal(generator: np.random.Generator, shape: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.from_numpy(generator.standard_normal(shape)).to(device)
-
-
-@dataclass
-class _Whole:
-    """What is known of a whole operator: a bracket of ||W||, and a bound on || |W| ||."""
-
-    operator: LinearOperator
-    norm: Bracket
-    absolute: Tensor
-
-    def __post_init__(self) -> None:
-        self._weight = self.operator.weight.detach().clone()
-
-    def is_of(self, operator: LinearOperator) -> bool:
-        """Whether this is the same operator still: another network's, or changed weights, must never be mistaken."""
-        mine = self.operator
-        same_place = (mine.input_shape, mine.output_shape) == (operator.input_shape, operator.output_shape)
-        same_place = same_place and type(mine) is type(operator)
-        return same_place and mine.geometry() == operator.geometry() and torch.equal(self._weight, operator.weight)
 
 
 def _as_matrix_norm(operator: LinearOperator) -> Tensor:

@@ -73,6 +73,27 @@ def test_changed_weights_are_noticed():
     assert norms.whole(Dense(weight, None, 0)).upper > 1.9 * small
 
 
+def test_an_operator_that_does_not_say_what_makes_it_besides_its_weight_is_asked():
+    class Times(Dense):
+        def __init__(self, weight, factor):
+            super().__init__(weight, None, "place")
+            self.factor = factor
+
+        def apply(self, x):
+            return self.factor * super().apply(x)
+
+        def adjoint(self, y):
+            return self.factor * super().adjoint(y)
+
+        def norm_bound(self):
+            return abs(self.factor) * super().norm_bound()
+
+    norms, weight = ProvenNorms(1e-6, 10), torch.eye(3, dtype=torch.float64)
+    found = [norms.whole(Times(weight, factor)).upper.item() for factor in (1, 4, 4, 2)]
+    assert found == pytest.approx([1, 4, 4, 2], rel=1e-9)
+    assert norms.budget._wholes_left == 1_000 - 3
+
+
 def test_another_geometry_is_noticed():
     norms, weight = ProvenNorms(SURELY, 0), torch.randn(2, 2, 2, 2).double()
     for padding, dilation in (((1, 0), (2, 1)), ((0, 0), (1, 1))):

@@ -1,0 +1,40 @@
+"""What is known of a whole operator within one set of norms, and whether it is still the same operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from locallip.bound.norms import Bracket
+from locallip.bound.operators import LinearOperator
+
+
+@dataclass
+class Whole:
+    """What is known of a whole operator: a bracket of ||W||, and a bound on || |W| ||."""
+
+    operator: LinearOperator
+    norm: Bracket
+    absolute: Tensor
+
+    def __post_init__(self) -> None:
+        self._weight, self._image = self.operator.weight.detach().clone(), _image(self.operator)
+
+    def is_of(self, operator: LinearOperator) -> bool:
+        """Whether this is the same operator still: another network's, or changed weights, must never be mistaken."""
+        mine = self.operator
+        same_place = (mine.input_shape, mine.output_shape) == (operator.input_shape, operator.output_shape)
+        same_place = same_place and type(mine) is type(operator)
+        same = same_place and mine.geometry() == operator.geometry() and torch.equal(self._weight, operator.weight)
+        return same and torch.equal(self._image, _image(operator))
+
+
+def _image(operator: LinearOperator) -> Tensor:
+    """W r of one random r, which tells operators apart whose class does not say what besides the weight makes them."""
+    if {"geometry", "told_by_weight"} & vars(type(operator)).keys():
+        return operator.weight.new_zeros(0)
+    generator = torch.Generator().manual_seed(0)
+    chance = torch.rand(1, *operator.input_shape, generator=generator, dtype=torch.float64, device="cpu")
+    return operator.apply(chance.to(operator.weight)).nan_to_num()
