@@ -144,6 +144,10 @@ class Sum(LinearOperator):
         changed = iter(part.with_weight(w.view_as(part.weight)) for part, w in zip(parts, weight.split(sizes)))
         return self._with(Branch(tuple(next(changed) for _ in b.operators), b.coefficient) for b in self.branches)
 
+    @property
+    def tells_all(self) -> bool:
+        return all(part.tells_all for part in self._parts())
+
     def geometry(self) -> tuple:
         return tuple(
             (type(part), part.weight.shape, part.input_shape, part.output_shape, part.geometry())

@@ -77,6 +77,11 @@ class LinearOperator(ABC):
         return ()
 
     @property
+    def tells_all(self) -> bool:
+        """Whether exactly this class says what `geometry` it has, if any: not so a subclass that inherits it."""
+        return bool({"geometry", "told_by_weight"} & vars(type(self)).keys())
+
+    @property
     def terms(self) -> tuple[int, int]:
         """Of how many terms at most an output of `apply`, and one of `adjoint`, is the sum."""
         return self.weight[0].numel(), len(self.weight) * self.weight[0, 0].numel()

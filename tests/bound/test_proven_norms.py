@@ -17,6 +17,7 @@ from oracles import (
 )
 
 from locallip.bound.budget import Budget
+from locallip.bound.composites import Branch, Sum
 from locallip.bound.norms import Arithmetic
 from locallip.bound.operators import Conv, Dense
 from locallip.bound.proven_norms import ProvenNorms, sure_bound
@@ -73,7 +74,8 @@ def test_changed_weights_are_noticed():
     assert norms.whole(Dense(weight, None, 0)).upper > 1.9 * small
 
 
-def test_an_operator_that_does_not_say_what_makes_it_besides_its_weight_is_asked():
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a sum"])
+def test_an_operator_that_does_not_say_what_makes_it_besides_its_weight_is_asked(inside):
     class Times(Dense):
         def __init__(self, weight, factor):
             super().__init__(weight, None, "place")
@@ -89,7 +91,12 @@ def test_an_operator_that_does_not_say_what_makes_it_besides_its_weight_is_asked
             return abs(self.factor) * super().norm_bound()
 
     norms, weight = ProvenNorms(1e-6, 10), torch.eye(3, dtype=torch.float64)
-    found = [norms.whole(Times(weight, factor)).upper.item() for factor in (1, 4, 4, 2)]
+
+    def operator(factor):
+        times, size = Times(weight, factor), torch.Size([3])
+        return Sum([Branch((times,))], "place", size, size) if inside else times
+
+    found = [norms.whole(operator(factor)).upper.item() for factor in (1, 4, 4, 2)]
     assert found == pytest.approx([1, 4, 4, 2], rel=1e-9)
     assert norms.budget._wholes_left == 1_000 - 3
 
