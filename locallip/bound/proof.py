@@ -19,7 +19,7 @@ from locallip.bound.proven_norms import ProvenNorms
 from locallip.bound.stages import DualStage, ProductStage, Question, Stage
 
 # Lanczos steps of the stages of a proof that ends with the product, and of those that the dual comes behind each time:
-# after 25 it decides nearly all, and more than 75 made no difference (docs/log.md).
+# after 25 it decides nine in ten, and more than 75 made no difference (docs/log.md).
 LANCZOS_STEPS = (0, 25, 75, 250)
 _STEPS_BEFORE_DUAL = LANCZOS_STEPS[1:3]
 # How far a proof goes: as far as the product of norms does, or on to the dual.
