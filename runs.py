@@ -152,7 +152,7 @@ class Run:
 
     def evaluation(self, arguments: list[str]) -> list[str]:
         """The flags of the evaluation, as words; arguments: further ones, which say where the report goes."""
-        batch, report = self.recipe.defaults["test_batch_size"], f"results/{self.job}/{_certificate(arguments)}"
+        batch, report = self.recipe.defaults["test_batch_size"], f"results/{self.job}/{_report(arguments)}"
         effort = ["--test_batch_size", str(batch), "--test_sniter", "2000"]
         files = ["--saved_model", f"pretrained/{self.prefix}", "--out", report]
         return ["--data", self.data, "--model", self.model, *effort, *files, *arguments]
@@ -244,14 +244,14 @@ RUNS = (
 )
 
 
-def _certificate(arguments: list[str]) -> str:
+def _report(arguments: list[str]) -> str:
     """The folder of an evaluation's report; nothing where there are two certificates, which have one each."""
-    kind = "proven"
+    given = {"--certificate": "proven", "--effort": "dual"}
     for flag, value in zip([*arguments, ""], [*arguments[1:], "", ""]):
         name, equals, rest = flag.partition("=")
-        if name == "--certificate":
-            kind = rest if equals else value
-    return {"estimate": "estimate", "both": ""}.get(kind, "proven")
+        given[name] = rest if equals else value
+    proven = "product" if given["--effort"] == "product" else "proven"
+    return {"estimate": "estimate", "both": ""}.get(given["--certificate"], proven)
 
 
 def command(job: str, arguments: list[str]) -> list[str]:

@@ -314,6 +314,7 @@ def finish(repository):
         epochs=800,
         training=True,
         kind="proven",
+        report=None,
         certified=54.56,
         certificate=None,
         trained=None,
@@ -331,7 +332,7 @@ def finish(repository):
             "checkpoint": {"sha256": "0", "training": {"epochs": epochs} | (trained or {}) if training else None},
             "hardware": "an abacus",
         }
-        path = repository / "results" / job / kind / "summary.json"
+        path = repository / "results" / job / (report or kind) / "summary.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(summary))
 
@@ -374,6 +375,15 @@ def test_proven_and_estimated_certificates_stand_side_by_side(repository, finish
     *_, estimate, product, proven, _ = cells(repository)
     assert (estimate, product, proven) == ("55.0", "50.6", "**54.6**")
     assert remarks(repository).count("an abacus") == 1
+
+
+def test_a_report_on_the_product_alone_says_what_the_product_proves(repository, finish):
+    finish(certified=40.0, report="product", certificate={"effort": "product"})
+    *_, product, proven, _ = cells(repository)
+    assert (product, proven) == ("40.0", "**not run**")
+    finish(certified=54.56)
+    *_, product, proven, _ = cells(repository)
+    assert (product, proven) == ("40.0", "**54.6**")
 
 
 @pytest.mark.parametrize(("epsilon", "said"), [(36 / 255, False), (0.141, True)])

@@ -73,6 +73,10 @@ def test_no_two_runs_write_the_same_files():
         (["--certificate"], "proven"),
         (["--certificate", "nonsense"], "proven"),
         (["--data_dir", "estimate"], "proven"),
+        (["--effort", "product"], "product"),
+        (["--effort=product", "--effort", "dual"], "proven"),
+        (["--effort", "product", "--certificate", "estimate"], "estimate"),
+        (["--effort=product", "--certificate=both"], ""),
     ],
 )
 def test_every_certificate_has_a_report_of_its_own(arguments, folder):

@@ -116,7 +116,7 @@ def as_text(summary: dict) -> str:
         "clean": ("clean", ""),
         "pgd": ("PGD", "100 steps of epsilon/4 inside [0, 1]"),
         "certified": ("certified", how_certified),
-        "certified_by_product": ("", "by the product of local norms"),
+        "certified_by_product": ("", "by the product of local norms, before the dual was asked"),
         "certified_globally": ("", "global bound alone, rounding not allowed for"),
     }
     images = f"{summary['images']} {'held-out training' if arguments.get('held_out') else 'test'} images"

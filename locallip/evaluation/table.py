@@ -1,4 +1,4 @@
-"""The table of all summaries: what results/JOB/{proven,estimate}/summary.json found, beside the paper's values."""
+"""The table of all summaries: what results/JOB/*/summary.json found, beside the paper's values."""
 
 from __future__ import annotations
 
@@ -50,6 +50,8 @@ _COLUMNS = (
     "**proven**",
     "trained",
 )
+# The folders of a job's reports: all stages of the proof, those before the dual alone, the paper's protocol.
+_REPORTS = ("proven", "product", "estimate")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ _NOT_RUN = Found(("not run", "", "", ""), "", "")
 
 
 def table(rows: Sequence[Row], results: Path) -> str:
-    """Rows as Markdown: the paper's values, and what results/JOB/{proven,estimate}/summary.json found.
+    """Rows as Markdown: the paper's values, and what results/JOB/*/summary.json found.
 
     Raises:
         InputError: if a summary or a training log is damaged.
@@ -92,25 +94,29 @@ def remarks(rows: Sequence[Row], results: Path) -> str:
 
 
 def _found(row: Row, results: Path) -> Found:
-    paths = [results / row.job / kind / "summary.json" for kind in ("proven", "estimate")]
+    paths = {report: results / row.job / report / "summary.json" for report in _REPORTS}
     epochs = read_epochs(results / row.job)
     try:
-        summaries = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+        summaries = {
+            report: json.loads(path.read_text(encoding="utf-8")) for report, path in paths.items() if path.is_file()
+        }
         return _compiled(row, summaries, epochs) if summaries else _NOT_RUN
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"a summary.json below {results / row.job} is damaged: {error!r}") from None
 
 
-def _compiled(row: Row, summaries: list[dict], epochs: list[dict[str, float]]) -> Found:
-    by_kind = {summary["certificate"]["kind"]: summary for summary in summaries}
+def _compiled(row: Row, by_report: dict[str, dict], epochs: list[dict[str, float]]) -> Found:
+    summaries = list(by_report.values())
     attacked = " / ".join(_percent(summaries[0], name) for name in ("clean", "pgd"))
     estimate, proven, product = "not run", "not run", ""
-    if "estimate" in by_kind:
-        estimate = _percent(by_kind["estimate"], "certified")
-    if "proven" in by_kind:
-        proven = _percent(by_kind["proven"], "certified")
-        by_dual = "certified_by_product" in by_kind["proven"]["accuracy"]  # reports from before the dual lack it
-        product = _percent(by_kind["proven"], "certified_by_product" if by_dual else "certified")
+    if "estimate" in by_report:
+        estimate = _percent(by_report["estimate"], "certified")
+    if "proven" in by_report:
+        proven = _percent(by_report["proven"], "certified")
+        by_dual = "certified_by_product" in by_report["proven"]["accuracy"]  # reports from before the dual lack it
+        product = _percent(by_report["proven"], "certified_by_product" if by_dual else "certified")
+    if "product" in by_report:  # the dual takes over where the product would go on with better norms
+        product = _percent(by_report["product"], "certified")
     warnings = dict.fromkeys(warning for summary in summaries for warning in _warnings(row, summary))
     details = dict.fromkeys(detail for summary in summaries for detail in _details(row, summary))
     if len({summary["checkpoint"]["sha256"] for summary in summaries}) > 1:
