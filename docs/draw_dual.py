@@ -47,11 +47,14 @@ def draw_unit(path: Path) -> None:
 
 def draw_gains(path: Path) -> None:
     """Draw what product and dual certify of all test images, and what the attack leaves, network by network."""
-    summaries = [json.loads((ROOT / "results" / job / "proven" / "summary.json").read_text()) for job in NETWORKS]
+    summaries = [_summary(job, "proven") for job in NETWORKS]
     bars = (("certified_by_product", "by the product", GLOBAL), ("certified", "and by the dual", LOCAL))
     with drawing(path) as axes:
         for place, summary in enumerate(summaries):
             percent = {name: found["percent"] for name, found in summary["accuracy"].items()}
+            alone = _summary(NETWORKS[place], "product")
+            if alone is not None:
+                percent["certified_by_product"] = alone["accuracy"]["certified"]["percent"]
             lower = 0.0
             for name, label, color in bars:
                 upper = percent[name]
@@ -64,6 +67,11 @@ def draw_gains(path: Path) -> None:
         axes.set_ylim(0, 100)
         axes.set_ylabel("percent of all test images")
         axes.legend(frameon=False, loc="upper left", ncols=3)
+
+
+def _summary(job: str, report: str) -> dict | None:
+    path = ROOT / "results" / job / report / "summary.json"
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 if __name__ == "__main__":
