@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from locallip.bound.certificates import checked, in_float64
-from locallip.bound.checks import refuse_epsilon, refuse_labels
+from locallip.bound.checks import first_weight, refuse_clip, refuse_epsilon, refuse_labels, refuse_whole_number
 from locallip.bound.kept_norms import KEPT
 from locallip.bound.proof import Proof, decide, proof_stages, proven_norms, refuse_effort
 from locallip.bound.proven_norms import ProvenNorms
@@ -107,7 +107,8 @@ class AttackStage(Stage):
 
     def ask(self, question: Question, carried: Carried | None) -> Answer:
         x, y = question.x, question.y
-        own = x.to(next(self.model.parameters()).dtype)
+        weight = first_weight(self.model)
+        own = x if weight is None else x.to(weight.dtype)
         epsilon, generator = question.epsilon.to(own.dtype), torch.Generator().manual_seed(self.seed)
         points = torch.full_like(x, torch.nan)
         still_open = torch.arange(len(x), device=x.device)
@@ -179,7 +180,14 @@ def verify(
     classes = checked(model, x, "proven", failure_probability).classes
     refuse_labels(y, x, classes)
     refuse_epsilon(epsilon, x)
-    _refuse(x, attack, batch_size, clip)
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"need images as a tensor (N, ...) of float32 or float64, got {x.dtype}")
+    refuse_whole_number("the attack's number of starts", attack, 0)
+    refuse_whole_number("the batch size", batch_size, 1)
+    if seed is not None:
+        refuse_whole_number("the seed", seed, 0)
+    if clip is not None:
+        refuse_clip(clip, x)
     graph, first = in_float64(model, x), x[:1].double()
     kept = KEPT if seed is None else None  # a seed repeats all norms
     norms = proven_norms(graph, first, len(x), failure_probability, seed=seed, kept=kept)
@@ -194,19 +202,6 @@ def verify(
             parts.append(_result(proof, x[images], y[images], radii[images]))
             show(parts[-1])
     return _joined(parts)
-
-
-def _refuse(x: Tensor, attack: int, batch_size: int, clip: tuple[float, float] | None) -> None:
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"need images as a tensor (N, ...) of float32 or float64, got {x.dtype}")
-    if attack < 0:
-        raise ValueError(f"the attack must start 0 times or more often, got {attack}")
-    if batch_size < 1:
-        raise ValueError(f"the batch size must be at least 1, got {batch_size}")
-    if clip is not None and not clip[0] < clip[1]:
-        raise ValueError(f"clip must be the smallest and the largest value of a valid image, got {clip}")
-    if clip is not None and ((x < clip[0]) | (x > clip[1])).any():
-        raise ValueError(f"an image has values outside of {clip}")
 
 
 def _with_attack(stages: list[Stage], attack: AttackStage) -> list[Stage]:

@@ -32,6 +32,15 @@ def _constant(value: Any, like: Tensor) -> float | Tensor:
     return value if value.is_floating_point() else value.to(like.dtype)
 
 
+def _exact(constant: float | Tensor) -> float | Tensor:
+    """To compute with: a result in lower precision would be another constant than the network's."""
+    return constant.double() if isinstance(constant, Tensor) else constant
+
+
+def _made_from(value: Any) -> tuple[Tensor, ...]:
+    return (value,) if isinstance(value, Tensor) else ()
+
+
 def _scaled(x: Tensor, scale: float) -> Tensor | Step:
     return x if scale == 1 else Step(Affine(scale=float(scale)), (x,))
 
@@ -44,7 +53,10 @@ def _sum(call: Call, first: Any, second: Any, signs: tuple[float, float]) -> Ste
         return Step(Add(), (_scaled(first, signs[0]), _scaled(second, signs[1])))
     if not call.depends(first):
         first, second, signs = second, first, signs[::-1]
-    return Step(Affine(float(signs[0]), signs[1] * _constant(second, first)), (first,))
+    shift = _constant(second, first)
+    if signs[1] == 1:
+        return Step(Affine(float(signs[0]), shift), (first,))
+    return Step(Affine(float(signs[0]), signs[1] * _exact(shift)), (first,), _made_from(second))
 
 
 @means("add", "add_")
@@ -75,7 +87,7 @@ def _multiply(call: Call, input: Any, other: Any) -> Step:
 def _divide(call: Call, input: Any, other: Any, *, rounding_mode: str | None = None) -> Step:
     if call.depends(other) or rounding_mode is not None:
         raise NoTranslationError("divides by activations, or rounds")
-    return Step(Affine(scale=1 / _constant(other, input)), (input,))
+    return Step(Affine(scale=1 / _exact(_constant(other, input))), (input,), _made_from(other))
 
 
 @means("neg", "neg_", "negative", "negative_")

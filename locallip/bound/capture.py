@@ -23,6 +23,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from locallip.bound.calls import Call, NoTranslationError, Step, translate
+from locallip.bound.checks import is_plain
+from locallip.bound.constants import Constants
 from locallip.bound.nodes import IMAGES, Node, Obstacle, Refusal
 from locallip.bound.operators import Position
 from locallip.bound.origins import UNSEEN, Operations, Origins
@@ -77,9 +79,10 @@ def capture(model: nn.Module, x: Tensor) -> Captured:
 
 def _read(model: nn.Module, x: Tensor, origins: Origins) -> Captured:
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(_IMAGES, *x.shape[1:], generator=generator, dtype=torch.float64, device="cpu")
-    reader = _Reader(model, images.to(x.device, x.dtype), origins)
-    with torch.inference_mode(False), torch.no_grad(), own_precision(x.device), reader.watching():
+    with torch.inference_mode(False), torch.no_grad(), own_precision(x.device), ExitStack() as watching:
+        images = torch.rand(_IMAGES, *x.shape[1:], generator=generator, dtype=torch.float64, device="cpu")
+        reader = _Reader(model, images.to(x.device, x.dtype), origins)
+        watching.enter_context(reader.watching())
         try:
             output = model(reader.images)
         except _Stop:
@@ -97,6 +100,11 @@ class _Stop(BaseException):
     """Ends a run that nothing more can be learnt from; no `except Exception` of the user's may hold it."""
 
 
+def reads(hook: Callable[..., Any]) -> bool:
+    """Whether a hook on all modules is one of a reading, of another thread's: it changes nothing."""
+    return isinstance(getattr(hook, "__self__", None), _Reader)
+
+
 class _Reader(TorchFunctionMode):
     """Follows the images through a run."""
 
@@ -106,10 +114,11 @@ class _Reader(TorchFunctionMode):
         self._seen = False
         self._captured = Captured()
         self._paths = {id(module): path for path, module in model.named_modules()}
-        self._traces = Traces()
+        self._traces, self._constants = Traces(), Constants(model)
         self._inside: list[nn.Module] = []
         self._leaf: nn.Module | None = None
         self._before: dict[int, Position | None] = {}
+        self._failed: list[str] = []
         self._names: set[Position] = set()
         self._thread = threading.get_ident()
         self._traces.trace(images, IMAGES)
@@ -120,7 +129,7 @@ class _Reader(TorchFunctionMode):
         with ExitStack() as stack:
             for handle in (
                 register_module_forward_pre_hook(self._enter),
-                register_module_forward_hook(self._leave, with_kwargs=True),
+                register_module_forward_hook(self._leave, with_kwargs=True, always_call=True),
             ):
                 stack.callback(handle.remove)
             stack.enter_context(Operations(self._look))
@@ -138,6 +147,11 @@ class _Reader(TorchFunctionMode):
             )
         elif not self.obstacles and not self._traces.depends(output):
             self.obstacles.append(Obstacle("the logits do not come from the images by calls that can be seen"))
+        self.obstacles.extend(Obstacle(f"{what} fails, and the network goes on", _BY_VALUE) for what in self._failed)
+        if not self._constants.are_as_they_were():
+            self.obstacles.append(
+                Obstacle("the network changes weights or constants while it runs", "compute new tensors from them")
+            )
         if self.obstacles:
             raise Refusal(self.obstacles)
         result = self._captured
@@ -152,41 +166,53 @@ class _Reader(TorchFunctionMode):
         self._inside.append(module)
         if _is_leaf(module):
             self._refuse_unknown(tensors_in(args), type(module).__name__)
-            self._enter_leaf(module, [value for value in args if self._traces.depends(value)])
+            # All of it now, since the layer may work in place, or fail.
+            self._before = {id(t): self._position(t) for t in tensors_in(args) if self._traces.depends(t)}
+            self._leaf = module
+            self._enter_leaf(module)
 
-    def _enter_leaf(self, module: nn.Module, inputs: list[Tensor]) -> None:
-        # All of it now, since the layer may work in place, or fail.
-        self._leaf, self._before = module, {id(value): self._position(value) for value in inputs}
-        if inputs and not has_rule(module):
+    def _enter_leaf(self, module: nn.Module) -> None:
+        if not self._constants.use(module):
+            where = f"{describe(_position(self._path(module)), module)}{users_line(' ({})')}"
+            self._stop(Obstacle(f"{where} is called with other weights than it holds", "write the call out with them"))
+        if self._before and not has_rule(module):
             self.obstacles.append(no_rule(module, _position(self._path(module)), users_line()))
             if module.training:
                 raise _Stop  # before it learns from the images
 
-    def _leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def _leave(self, module: nn.Module, args: tuple, *rest: Any) -> None:
+        """rest: the arguments by name, and the output; of a module that has failed, None."""
         if threading.get_ident() != self._thread or self._leaf not in (None, module):
             return
+        if not self._inside or self._inside[-1] is not module:
+            return  # it has failed before it was entered
         self._inside.pop()
+        failed = len(rest) == 1
         if module is self._leaf:
             self._leaf = None
-            self._leave_leaf(
-                module, [value for value in (*args, *kwargs.values()) if self._traces.depends(value)], output
-            )
+            if failed:
+                self._failed.append(describe(_position(self._path(module)), module))
+            else:
+                self._leave_leaf(module, args, *rest)
 
-    def _leave_leaf(self, module: nn.Module, inputs: list[Tensor], output: Any) -> None:
-        tensors = list(tensors_in(output))
-        if not inputs:
+    def _leave_leaf(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        tensors, by_name = list(tensors_in(output)), any(map(self._traces.depends, tensors_in(kwargs)))
+        if not self._before and not by_name:
             self._origins.made(tensors)
             self._traces.compute([*module.parameters(), *module.buffers()], output)
         elif not has_rule(module):
+            if not self._before:
+                self.obstacles.append(no_rule(module, _position(self._path(module)), users_line()))
             self._go_on(tensors)
-        elif len(inputs) != 1 or len(self._before) != 1 or not isinstance(output, Tensor):
+        elif len(args) != 1 or not isinstance(args[0], Tensor) or kwargs or not isinstance(output, Tensor):
             where = f"{describe(_position(self._path(module)), module)}{users_line(' ({})')}"
-            self.obstacles.append(Obstacle(f"{where} takes or gives several tensors, or takes one by name"))
+            what = f"{where} takes or gives several tensors, takes one by name, or is told something else besides"
+            self.obstacles.append(Obstacle(what, "call it with one tensor alone"))
             self._go_on(tensors)
         else:
             position = self._name(_position(self._path(module)))
             self._captured.nodes.append(
-                Node(position, module, tuple(self._before.values()), inputs[0].shape[1:], users_line())
+                Node(position, module, tuple(self._before.values()), args[0].shape[1:], users_line())
             )
             self._traces.trace(output, position)
 
@@ -212,12 +238,19 @@ class _Reader(TorchFunctionMode):
         self._refuse_training(function, args, kwargs)
         before = {id(tensor): (self._position(tensor), tensor.shape[1:]) for tensor in inputs}
         constants = {id(tensor): tensor._version for tensor in tensors if id(tensor) not in before}
-        result = self._call(function, args, kwargs)
+        self._refuse_subclasses(tensors, function)
+        try:
+            result = self._call(function, args, kwargs)
+        except Exception:
+            self._failed.append(f"{name_of(function)}{self._where()}")
+            raise
         if not any(True for _ in tensors_in(result)):
             self._stop(self._without_result(function))
         try:
             if any(constants.get(id(tensor), tensor._version) != tensor._version for tensor in tensors):
                 raise NoTranslationError("writes activations into another tensor")
+            if not self._constants.use_tensors(tensor for tensor in tensors if id(tensor) not in before):
+                raise NoTranslationError("takes weights or constants that the network changes while it runs")
             steps = translate(args, kwargs, Call(function, self._traces.depends, result))
             if any({id(tensor) for tensor in step.tensors()} != set(before) for step in steps):
                 raise NoTranslationError("depends on the images in more than its first argument")
@@ -255,6 +288,12 @@ class _Reader(TorchFunctionMode):
         if not self._origins.are_known(tensor for tensor in tensors if not self._traces.depends(tensor)):
             what = f"{taker}{self._where()} takes a tensor from an earlier run or from {UNSEEN}"
             self._stop(Obstacle(what, f"keep a constant in a buffer (register_buffer), or {self._way_out()}"))
+
+    def _refuse_subclasses(self, tensors: list[Tensor], function: Callable[..., Any]) -> None:
+        for tensor in tensors:
+            if not is_plain(tensor):
+                kind = f"a {type(tensor).__name__}, whose class may say what it does"
+                self._stop(Obstacle(f"{name_of(function)}{self._where()} takes {kind}", "take plain tensors"))
 
     def _apply(
         self, step: Step, function: Callable[..., Any], known: dict[int, tuple[Any, torch.Size]], outermost: bool = True
@@ -304,6 +343,7 @@ class _Reader(TorchFunctionMode):
 
     def _go_on(self, tensors: list[Tensor]) -> None:
         """Follow what an obstacle has given, so that all obstacles can be named at once."""
+        assert self.obstacles, "only what is refused in the end may be unknown"
         for tensor in tensors:
             self._traces.trace(tensor, None)
 

@@ -282,9 +282,21 @@ def in_float64(model: nn.Module, x: Tensor) -> Graph:
     Raises:
         TypeError: as `Graph.of`, and where the network gives other logits than its graph.
     """
-    graph = Graph.of(copy.deepcopy(model).double(), x.double())
+    graph = Graph.of(_copied(model).double(), x.double())
     graph.refuse_if_unlike(model, x.double())
     return graph
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        if "deepcopy protocol" not in str(error):
+            raise
+        raise TypeError(
+            "the network cannot be copied: it keeps a tensor that was computed from weights as an attribute; compute it "
+            "in forward, or keep tensor.detach()"
+        ) from error
 
 
 def _certified(asked: _Asked, x: Tensor, y: Tensor, epsilon: Tensor, effort: str) -> Tensor:

@@ -27,6 +27,8 @@ def refuse_model(model: Any) -> None:
     for name, value in values.items():
         if is_lazy(value):
             raise ValueError(f"{name} has no shape yet: call the network on an image once")
+        if not is_plain(value):
+            raise TypeError(f"{name} is a {type(value).__name__}, whose class may say what it does: use plain tensors")
         if value.is_complex():
             raise TypeError(f"{name} is {value.dtype}; weights must be real")
     dtypes = {str(value.dtype): name for name, value in values.items() if value.is_floating_point()}
@@ -37,6 +39,18 @@ def refuse_model(model: Any) -> None:
         raise ValueError(f"the weights are on several devices, {_listed(devices)}: call model.to(device)")
     if "meta" in devices:
         raise ValueError("the weights are on the device meta, where they have no values: load them first")
+
+
+def first_weight(model: nn.Module) -> Tensor | None:
+    """A weight, or a buffer where there is none, in floating point: dtype and device are those of all."""
+    return next((value for value in (*model.parameters(), *model.buffers()) if value.is_floating_point()), None)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether functions do with a tensor what they do with any; a subclass may say otherwise."""
+    function, dispatch = type(tensor).__torch_function__, type(tensor).__torch_dispatch__
+    as_any = getattr(function, "__func__", function) is Tensor.__torch_function__.__func__
+    return (as_any or function is nn.Parameter.__torch_function__) and dispatch is Tensor.__torch_dispatch__
 
 
 def _listed(found: dict[str, str]) -> str:
@@ -56,7 +70,7 @@ def refuse_images(x: Any, model: Any = None, converted: bool = False) -> None:
         raise TypeError(f"need images in floating point, got {x.dtype}: hand in x.float() in the network's own range")
     if x.dim() < 2:
         raise ValueError(f"need images (N, ...), got the shape {tuple(x.shape)}: one image is x[None]")
-    weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    weight = first_weight(model) if isinstance(model, nn.Module) else None
     if weight is None:
         return
     if weight.device != x.device:
@@ -123,6 +137,27 @@ def refuse_search(tolerance: Any, limit: Any) -> None:
     ends = _number("the tolerance", tolerance), _number("the limit", limit)
     if not all(0 < end < math.inf for end in ends):
         raise ValueError(f"tolerance and limit must be finite and above 0, got {tolerance} and {limit}")
+    if not limit / tolerance < math.inf:
+        raise ValueError(f"the limit must not be so many times the tolerance, got {limit} and {tolerance}")
+
+
+def refuse_whole_number(name: str, value: Any, least: int) -> None:
+    """Refuse what is no whole number, or smaller than the least."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def refuse_clip(clip: Any, x: Tensor) -> None:
+    """Refuse what is not the smallest and the largest value of a valid image, or images x (N, ...) outside of it."""
+    if not isinstance(clip, tuple | list) or len(clip) != 2:
+        raise TypeError(f"clip must be the smallest and the largest value of a valid image, such as (0, 1), got {clip}")
+    low, high = (_number("an end of clip", end) for end in clip)
+    if not low < high:
+        raise ValueError(f"clip must be the smallest and the largest value of a valid image, got {clip}")
+    if ((x < low) | (x > high)).any():
+        raise ValueError(f"an image has values outside of {clip}")
 
 
 def refuse_width(layer: nn.Module, position: int | str, shape: torch.Size) -> None:

@@ -19,7 +19,7 @@ from locallip.bound import (  # noqa: F401 - what they register
 from locallip.bound.activations import Activation
 from locallip.bound.affine import is_affine, with_sums
 from locallip.bound.capture import capture
-from locallip.bound.checks import refuse_width
+from locallip.bound.checks import first_weight, refuse_width
 from locallip.bound.nodes import IMAGES, Node, Obstacle, Refusal
 from locallip.bound.norms import Arithmetic
 from locallip.bound.operators import Dense, LinearOperator, Position
@@ -161,13 +161,21 @@ class Graph:
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the graph computes of images x (N, ...): logits (N, K), and the size (N, K) of what adds up to them."""
-        values = {IMAGES: x}
+        """What the graph computes of images x (N, ...): logits (N, K), and what their rounding is measured by (N, K).
+
+        That is the size of what adds up to a logit, and of what this was made of in turn, by which terms may have
+        cancelled each other before, as far as it is below 1.
+        """
+        values, sizes = {IMAGES: x}, {IMAGES: x.abs()}
         for node, (_, meaning) in zip(self.hidden, self.meanings(x, Arithmetic())):
-            values[node.position] = _value(meaning, [values[position] for position in node.inputs])
-        (before,) = (values[position] for position in self.last.inputs)
+            inputs = [values[position] for position in node.inputs]
+            values[node.position] = _value(meaning, inputs)
+            before = [sizes[position] for position in node.inputs]
+            sizes[node.position] = torch.maximum(_size(meaning, before), values[node.position].abs())
+        ((before, size),) = ((values[position], sizes[position]) for position in self.last.inputs)
         last = self.last_operator()
-        return last.affine(before), last.absolute(before.abs())
+        own, reach = (last.absolute(terms) + last.bias_magnitude() for terms in (before.abs(), size))
+        return last.affine(before), own + reach.clamp(max=1)
 
     @torch.no_grad()
     def refuse_if_unlike(self, model: nn.Module, x: Tensor) -> None:
@@ -182,13 +190,14 @@ class Graph:
             self._refuse_if_unlike(model, images)
 
     def _refuse_if_unlike(self, model: nn.Module, x: Tensor) -> None:
-        own = next((p for p in model.parameters() if p.is_floating_point()), x)
+        own = first_weight(model)
+        own = x if own is None else own
         with own_precision(x.device):
             ours, size = self.logits(x)
             theirs = model(x.to(own.dtype, copy=True))
         if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
             raise TypeError("the network gives something else than its layers do one after the other")
-        unlike = (ours - theirs.to(ours.dtype)).abs() > torch.finfo(own.dtype).eps ** 0.5 * (size + 1)
+        unlike = (ours - theirs.to(ours.dtype)).abs() > torch.finfo(own.dtype).eps ** 0.5 * size
         if unlike.any():
             raise TypeError(
                 "the network gives other logits than its layers and calls as they were read: something in it depends "
@@ -202,6 +211,13 @@ def _value(meaning: Meaning, inputs: list[Tensor]) -> Tensor:
     if isinstance(meaning, Reshape):
         return meaning.function(*inputs)
     return meaning(*(x.clone() for x in inputs))  # a user's may work in place
+
+
+def _size(meaning: Meaning, sizes: list[Tensor]) -> Tensor:
+    """Of what adds up to the entries behind a layer, given that of its inputs'."""
+    if isinstance(meaning, LinearOperator):
+        return meaning.absolute(*sizes) + meaning.bias_magnitude()
+    return _value(meaning, sizes)
 
 
 def _shape_behind(meaning: Meaning, shape: torch.Size, x: Tensor) -> torch.Size:

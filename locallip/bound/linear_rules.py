@@ -85,10 +85,10 @@ def _scale_and_shift(layer: nn.Module, place: Place) -> tuple[Tensor, Tensor, Te
     if layer.running_var is None:
         where = describe(place.position, layer)
         raise TypeError(f"{where} keeps no running statistics, so it depends on the batch")
-    weight, bias = (1, 0) if layer.weight is None else (layer.weight, layer.bias)
-    scale = weight * (layer.running_var + layer.eps).rsqrt()
+    scale = (layer.running_var + layer.eps).rsqrt() * (1 if layer.weight is None else layer.weight)
     center = layer.running_mean * scale
-    return scale, bias - center, abs(bias) + center.abs()
+    bias = torch.zeros_like(center) if layer.bias is None else layer.bias
+    return scale, bias - center, bias.abs() + center.abs()
 
 
 @rule(Normalize)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules import module as hooks_of_all
 from torch.nn.utils import parametrize, prune
 
+from locallip.bound.capture import reads
 from locallip.bound.checks import refuse_model
 from locallip.bound.nodes import Obstacle, Refusal
 from locallip.bound.rules import class_is_patched, describe
@@ -36,7 +37,8 @@ def refuse_what_computes_otherwise(model: nn.Module) -> None:
 
 
 def _of_all_modules() -> Iterator[Obstacle]:
-    if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
+    hooks = (*hooks_of_all._global_forward_hooks.values(), *hooks_of_all._global_forward_pre_hooks.values())
+    if not all(map(reads, hooks)):
         yield Obstacle(
             "this process has forward hooks on all modules, which can change what they compute", "remove them"
         )
