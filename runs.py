@@ -224,6 +224,16 @@ RUNS = (
         (77.4, 70.4, 60.7),
     ),
     Run(
+        "cifar10-fast",
+        "cifar10",
+        "6C2F, clipped MaxMin, EMMA loss, global norms, falling rate, averaged weights",
+        "c6f2_clmaxmin",
+        "--epochs 30 --orthogonal --global_epochs 30 --warmup 0 --rampup 15 --sniter 2 --batch_size 32 "
+        "--epsilon_train 0.1551 --loss emma --lr_scheduler linear --end_lr 1e-5 --ema 0.999",
+        "maxmin/cifar_fast",
+        took="1.2 h on one core",
+    ),
+    Run(
         "tinyimagenet-8c2f",
         "tinyimagenet",
         "8C2F",

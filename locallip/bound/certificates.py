@@ -294,8 +294,8 @@ def _copied(model: nn.Module) -> nn.Module:
         if "deepcopy protocol" not in str(error):
             raise
         raise TypeError(
-            "the network cannot be copied: it keeps a tensor that was computed from weights as an attribute; compute it "
-            "in forward, or keep tensor.detach()"
+            "the network cannot be copied: it keeps a tensor that was computed from weights as an attribute; compute "
+            "it in forward, or keep tensor.detach()"
         ) from error
 
 

@@ -105,7 +105,7 @@ def scaled_in_between(net, h):
 
 @pytest.mark.parametrize("between", [swapped, lent, scaled_for_a_while, scaled_in_between])
 def test_a_module_with_other_weights_than_it_holds_is_refused(between):
-    with pytest.raises(TypeError, match="other weights than it holds|changes weights or constants"):
+    with pytest.raises(TypeError, match=r"other weights than it holds|changes weights or constants"):
         capture(Around(between).eval(), X)
 
 
