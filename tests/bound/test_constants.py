@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from local_bound import Clip, certified_radius, certify, rule, verify
+from locallip.bound import rules
 from locallip.bound.capture import capture
 from locallip.bound.graph import Graph
 from locallip.bound.norms import Arithmetic
@@ -26,6 +27,13 @@ class Around(nn.Module):
 
     def forward(self, x):
         return self.last(self.between(self, self.first(x)))
+
+
+@pytest.fixture
+def clips(monkeypatch):
+    """Says of layers of a kind that they clip."""
+    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
+    return lambda kind: rule(kind)(lambda layer, place: Clip(0.0, 1.0))
 
 
 X, Y = torch.linspace(0.1, 0.9, 8).view(2, 4), torch.tensor([0, 1])
@@ -53,11 +61,9 @@ def test_a_module_without_a_rule_is_refused_when_it_is_called_by_name():
     ],
     ids=["by name", "with a setting", "in a list", "with another argument"],
 )
-def test_a_layer_is_called_with_one_tensor_alone(between):
-    def call(net, h):
-        return between(net, h)
-
-    net = Around(call)
+def test_a_layer_is_called_with_one_tensor_alone(between, clips):
+    clips(Doubtful)
+    net = Around(between)
     net.second = Doubtful()
     with pytest.raises(TypeError, match="takes one by name, or is told something else besides"):
         certify(net.eval(), X, Y, 0.1)
@@ -68,11 +74,6 @@ class Doubtful(nn.Module):
 
     def forward(self, x, other=0, scale=2.0):
         return (x[0] if isinstance(x, list) else x).clamp(0, 1)
-
-
-@rule(Doubtful)
-def _doubtful(layer, place):
-    return Clip(0.0, 1.0)
 
 
 # --- weights
@@ -283,13 +284,9 @@ class Lying(nn.Module):
         return x.clamp(0, 1) + 1
 
 
-@rule(Lying)
-def _lying(layer, place):
-    return Clip(0.0, 1.0)
-
-
 @pytest.mark.parametrize("size", [1.0, 1e-9, 1e-20])
-def test_a_rule_that_is_wrong_is_noticed_however_small_the_logits_are(size):
+def test_a_rule_that_is_wrong_is_noticed_however_small_the_logits_are(size, clips):
+    clips(Lying)
     net = nn.Sequential(nn.Linear(4, 4), Lying(), nn.Linear(4, 3)).eval()
     with torch.no_grad():
         net[2].weight.mul_(size)
