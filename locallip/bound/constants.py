@@ -17,10 +17,9 @@ class Constants:
 
     def __init__(self, model: nn.Module):
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
-        self._held: dict[int, list[Tensor]] = {}
+        self._held = {id(module): _own(module) for module in model.modules()}
         self._used: dict[int, nn.Module] = {}
-        for module in model.modules():
-            self._hold(module)
+        self.use_tensors(_own(model))
 
     def use(self, module: nn.Module) -> bool:
         """Note that a module is called; whether it holds what it held before the run."""
@@ -36,13 +35,9 @@ class Constants:
         """Whether all modules and tensors that were used are still what they were when they were."""
         return all(map(self._holds, self._used.values())) and self.use_tensors([t for t, _ in self._values.values()])
 
-    def _hold(self, module: nn.Module) -> list[Tensor]:
-        tensors = _own(module)
-        self.use_tensors(tensors)
-        return self._held.setdefault(id(module), tensors)
-
     def _holds(self, module: nn.Module) -> bool:
-        before, now = self._hold(module), _own(module)
+        now = _own(module)
+        before = self._held.setdefault(id(module), now)
         same = len(before) == len(now) and all(a is b for a, b in zip(before, now))
         return same and self.use_tensors(now)
 
