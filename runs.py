@@ -226,7 +226,7 @@ RUNS = (
     Run(
         "cifar10-fast",
         "cifar10",
-        "6C2F, clipped MaxMin, EMMA loss, global norms, falling rate, averaged weights",
+        "6C2F, clipped MaxMin, EMMA loss, global norms",
         "c6f2_clmaxmin",
         "--epochs 30 --orthogonal --global_epochs 30 --warmup 0 --rampup 15 --sniter 2 --batch_size 32 "
         "--epsilon_train 0.1551 --loss emma --lr_scheduler linear --end_lr 1e-5 --ema 0.999",
