@@ -87,7 +87,7 @@ class _Run:
                 check_writable(self.files.best.parent)
                 if not args.resume and not args.overwrite:
                     self.files.refuse_existing()
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
         self.shuffle = torch.Generator().manual_seed(args.seed + distributed.rank())
         _refuse_unknown_positions(args.indices, model)
         # On a GPU the iterations that skipping saves are cheaper than finding out which.
