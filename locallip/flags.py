@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from typing import NoReturn
+from typing import IO, NoReturn
 
+from locallip import launch
 from locallip.files import InputError, expand_home, fail
 
 # Below it single precision has no full numbers, and 0 in the end.
@@ -25,6 +26,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+
+    def print_help(self, file: IO[str] | None = None) -> None:
+        """Print it in the first of several processes alone."""
+        if not launch.rank_of_several():
+            super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message} (--help lists the flags)", 2)

@@ -27,3 +27,16 @@ def test_positions_come_in_order_and_once(text, value):
 def test_what_are_no_positions_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="commas between"):
         flags.positions(text)
+
+
+@pytest.mark.parametrize(("rank", "printed"), [("0", True), ("1", False), (None, True)])
+def test_help_is_printed_by_the_first_process_alone(rank, printed, monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    if rank is not None:
+        for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1234")):
+            monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        flags.ArgumentParser("Does something.").parse_args(["--help"])
+    assert ended.value.code == 0
+    assert ("Does something." in capsys.readouterr().out) == printed
