@@ -234,6 +234,16 @@ RUNS = (
         took="1.2 h on one core",
     ),
     Run(
+        "cifar10-best",
+        "cifar10",
+        "6C2F, the same in four times the epochs",
+        "c6f2_clmaxmin",
+        "--epochs 120 --orthogonal --global_epochs 120 --warmup 0 --rampup 60 --sniter 2 --batch_size 32 "
+        "--epsilon_train 0.1551 --loss emma --lr_scheduler linear --end_lr 1e-5 --ema 0.999",
+        "maxmin/cifar_best",
+        took="4.5 h on one core",
+    ),
+    Run(
         "tinyimagenet-8c2f",
         "tinyimagenet",
         "8C2F",

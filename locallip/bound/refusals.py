@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.modules import module as hooks_of_all
 from torch.nn.utils import parametrize, prune
 
-from locallip.bound.capture import reads
 from locallip.bound.checks import refuse_model
 from locallip.bound.nodes import Obstacle, Refusal
+from locallip.bound.reading_modules import reads
 from locallip.bound.rules import class_is_patched, describe
 
 _WRAPPERS = {
