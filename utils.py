@@ -227,6 +227,8 @@ def training_arguments(
     weight = f"of the loss's second term, the slack of cll; default: {weights}"
     flag("--loss_weight", type=positive_float, help=weight)
     flag("--sniter", type=positive_int, help="power iterations per training step")
+    ascends = "norms of the training by steepest ascent in place of power iteration: as many products, less lag"
+    flag("--ascend", action="store_true", help=ascends)
     indices = "positions of the layers that train with local norms, e.g. 0,6,12; the others have global ones"
     flag("--indices", type=positions, help=f"{indices}; default: all are local")
     alone = "first so many epochs with the ball alone: no box, global norms, a fraction of the time (GloRo's bound)"

@@ -99,6 +99,7 @@ class _Run:
             local_positions=local_positions,
             skip_idle_masks=skip,
             factors=torch.bfloat16 if args.bfloat16 else None,
+            ascend=args.ascend,
         )
         if args.start_from:
             load_weights(model, self._load(Path(args.start_from))["state_dict"], args.start_from)
