@@ -165,12 +165,16 @@ def _ascent(u: Tensor, v: Tensor, forward: Product, backward: Product) -> tuple[
     """The unit vector of the longest image in the plane of u and W^T v, and that image. v: the image of u."""
     u, length = unit(u)
     v = v * per_image(reciprocal(length), v)
-    uphill = backward(v)
-    uphill, _ = unit(uphill - per_image(_dot(uphill, u), u) * u)
+    gradient = backward(v)
+    along = _dot(gradient, u)
+    uphill = gradient - per_image(along, u) * u
+    length = lengths(uphill)
+    # What is left of a shorter one is rounding, and not orthogonal to u.
+    converged = length <= torch.finfo(u.dtype).eps ** 0.5 * along
+    uphill = uphill * per_image(torch.where(converged, 0, reciprocal(length)), u)
     image = forward(uphill)
     angle = 0.5 * torch.atan2(2 * _dot(v, image), _dot(v, v) - _dot(image, image))
     stay, turn = angle.cos(), angle.sin()
-    # Close to convergence `uphill` is rounding, and not quite orthogonal to u.
     u, length = unit(per_image(stay, u) * u + per_image(turn, u) * uphill)
     v = per_image(stay, v) * v + per_image(turn, v) * image
     return u, v * per_image(reciprocal(length), v)

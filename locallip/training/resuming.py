@@ -19,7 +19,7 @@ _MAY_DIFFER |= {"start_from", "test_batch_size"}
 # Flags that weights belong to, so that a run with other ones cannot start from them.
 _OF_THE_NETWORK = {"data", "model", "width"}
 # What every run had from before there was a flag for it.
-_BEFORE = {"lr_warmup": 0.0, "epsilon_schedule": "linear", "loss_weight": None, "ema": None}
+_BEFORE = {"lr_warmup": 0.0, "epsilon_schedule": "linear", "loss_weight": None, "ema": None, "ascend": False}
 
 
 def refuse_other_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoint: Path) -> None:

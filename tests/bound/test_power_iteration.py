@@ -8,10 +8,11 @@ from oracles import BATCH, batch, examples, masked_matrix, masked_operators, mat
 from torch import nn
 
 from locallip.bound.norms import Arithmetic, Bracket
-from locallip.bound.operators import Conv
+from locallip.bound.operators import Conv, Dense
 from locallip.bound.power_iteration import PowerIteration
 
 UNKNOWN = Bracket(torch.tensor(torch.nan), torch.tensor(torch.nan))
+both_ways = pytest.mark.parametrize("ascend", [False, True])
 
 
 @pytest.fixture
@@ -30,11 +31,12 @@ def ask(norms, operator, rows, columns):
     return masked_of(norms, operator, rows, columns, norms.whole(operator)).expand(BATCH)
 
 
+@both_ways
 @examples
-@given(masked_operators())
-def test_norms_approach_those_of_the_dense_matrix_from_below(case):
+@given(case=masked_operators())
+def test_norms_approach_those_of_the_dense_matrix_from_below(case, ascend):
     operator, rows, columns = case
-    norms = PowerIteration(1000)
+    norms = PowerIteration(1000, ascend=ascend)
     with torch.no_grad():
         whole = norms.whole(operator)
         masked = norms.masked(operator, rows, columns, whole).upper.expand(BATCH)
@@ -47,11 +49,12 @@ def test_norms_approach_those_of_the_dense_matrix_from_below(case):
     assert (masked <= whole.upper * (1 + 1e-3)).all()
 
 
+@both_ways
 @examples
-@given(masked_operators(), st.integers(1, 4))
-def test_few_iterations_stay_below_the_norm(case, iterations):
+@given(case=masked_operators(), iterations=st.integers(1, 4))
+def test_few_iterations_stay_below_the_norm(case, iterations, ascend):
     operator, rows, columns = case
-    masked = ask(PowerIteration(iterations), operator, rows, columns)
+    masked = ask(PowerIteration(iterations, ascend=ascend), operator, rows, columns)
     assert (masked >= 0).all()
     assert (masked <= norm_of(masked_matrix(operator, rows, columns)) * (1 + 1e-9)).all()
 
@@ -70,32 +73,76 @@ def test_an_estimate_has_both_ends_the_same(operator):
     assert torch.equal(masked.lower, masked.upper)
 
 
-def test_gradient_of_the_whole_norm(operator):
+@both_ways
+def test_gradient_of_the_whole_norm(operator, ascend):
     weight = operator.weight
     (expected,) = torch.autograd.grad(norm_of(matrix_of(operator)), weight)
-    (actual,) = torch.autograd.grad(PowerIteration(1000).whole(operator).upper, weight)
+    (actual,) = torch.autograd.grad(PowerIteration(1000, ascend=ascend).whole(operator).upper, weight)
     torch.testing.assert_close(actual, expected)
 
 
+@both_ways
 @pytest.mark.parametrize(("kept_columns", "kept_rows"), [(0.6, 0.6), (0.6, None), (None, 0.6)])
-def test_gradient_of_the_masked_norm(operator, kept_columns, kept_rows):
+def test_gradient_of_the_masked_norm(operator, kept_columns, kept_rows, ascend):
     columns = None if kept_columns is None else torch.rand(BATCH, *operator.input_shape) < kept_columns
     rows = None if kept_rows is None else torch.rand(BATCH, *operator.output_shape) < kept_rows
     weight = operator.weight
     true = norm_of(masked_matrix(operator, rows, columns))
-    estimate = ask(PowerIteration(3000), operator, rows, columns)
+    estimate = ask(PowerIteration(3000, ascend=ascend), operator, rows, columns)
     for image in range(BATCH):
         (expected,) = torch.autograd.grad(true[image], weight, retain_graph=True)
         (actual,) = torch.autograd.grad(estimate[image], weight, retain_graph=True)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_each_image_has_the_norm_that_it_has_alone(operator):
+@both_ways
+def test_each_image_has_the_norm_that_it_has_alone(operator, ascend):
     columns = torch.rand(BATCH, *operator.input_shape) < 0.5
-    together = ask(PowerIteration(1000), operator, None, columns)
+    together = ask(PowerIteration(1000, ascend=ascend), operator, None, columns)
     for image in range(BATCH):
-        alone = ask(PowerIteration(1000), operator, None, columns[image : image + 1])
+        alone = ask(PowerIteration(1000, ascend=ascend), operator, None, columns[image : image + 1])
         torch.testing.assert_close(together[image], alone[0])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("side", ["input_shape", "output_shape"])
+def test_where_weights_move_the_ascent_lags_less_behind_than_power_iteration(operator, side, masked):
+    columns = torch.rand(BATCH, *operator.input_shape) < 0.5 if masked else None
+    starts = batch(getattr(operator, side))
+    norms = [PowerIteration(2, {0: starts}, {0: starts[:1]}, ascend=ascend) for ascend in (False, True)]
+    behind = torch.zeros(2, dtype=torch.float64)
+    for step in range(60):
+        operator = operator.with_weight(operator.weight.detach() + 0.003 * torch.randn_like(operator.weight))
+        true = norm_of(masked_matrix(operator, None, columns) if masked else matrix_of(operator))
+        for i, estimate in enumerate(norms):
+            whole = estimate.whole(operator)
+            found = masked_of(estimate, operator, None, columns, whole) if masked else whole.upper
+            assert (found <= true * (1 + 1e-9)).all()
+            behind[i] += (1 - found / true).mean() if step >= 10 else 0.0
+    assert behind[1] < 0.7 * behind[0]
+
+
+def test_an_ascent_in_single_precision_stays_below_where_it_has_converged(operator):
+    true = norm_of(matrix_of(operator))
+    single = operator.with_weight(operator.weight.detach().float())
+    norms = PowerIteration(50, ascend=True)
+    for _ in range(5):
+        torch.testing.assert_close(norms.whole(single).upper.double(), true, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [1, 2, 5])
+def test_an_ascent_stays_where_its_first_vector_is_the_best(columns, dtype):
+    # What is left of the gradient beside the vector is rounding then.
+    dense = Dense(torch.randn(1, columns, dtype=dtype), None, 0)
+    for iterations in (2, 3, 100):
+        found = PowerIteration(iterations, ascend=True).whole(dense).upper
+        torch.testing.assert_close(found, dense.weight.norm())
+
+
+def test_of_nothing_but_zeros_the_norm_is_0_by_an_ascent_too(operator):
+    operator = operator.with_weight(torch.zeros_like(operator.weight))
+    assert ask(PowerIteration(3, ascend=True), operator, None, None).tolist() == [0] * BATCH
 
 
 @pytest.mark.parametrize("side", ["input_shape", "output_shape"])
@@ -118,12 +165,14 @@ def test_idle_masks_are_skipped_and_the_others_are_not(operator, side, given):
     torch.testing.assert_close(*gradients)
 
 
+@both_ways
 @pytest.mark.parametrize("side", ["input_shape", "output_shape"])
 @pytest.mark.parametrize("spoiled", [torch.nan, torch.inf])
-def test_a_norm_that_cannot_be_computed_is_not_a_number(operator, side, spoiled):
+def test_a_norm_that_cannot_be_computed_is_not_a_number(operator, side, spoiled, ascend):
     # 0 would certify everything.
     operator.weight.data[0, 0, 0, 0] = spoiled
-    norms = PowerIteration(2, {0: batch(getattr(operator, side))}, {0: batch(getattr(operator, side))[:1]})
+    vectors = {0: batch(getattr(operator, side))}, {0: batch(getattr(operator, side))[:1]}
+    norms = PowerIteration(2, *vectors, ascend=ascend)
     columns = torch.ones(BATCH, *operator.input_shape, dtype=torch.bool)
     assert norms.whole(operator).upper.isnan()
     assert masked_of(norms, operator, None, columns).isnan().all()
