@@ -236,9 +236,9 @@ RUNS = (
     Run(
         "cifar10-best",
         "cifar10",
-        "6C2F, the same in four times the epochs",
+        "6C2F, clipped MaxMin, EMMA loss, four times the epochs",
         "c6f2_clmaxmin",
-        "--epochs 120 --orthogonal --global_epochs 120 --warmup 0 --rampup 60 --sniter 2 --batch_size 32 "
+        "--epochs 120 --orthogonal --global_epochs 120 --warmup 0 --rampup 12 --sniter 5 --batch_size 32 "
         "--epsilon_train 0.1551 --loss emma --lr_scheduler linear --end_lr 1e-5 --ema 0.999",
         "maxmin/cifar_best",
         took="4.5 h on one core",

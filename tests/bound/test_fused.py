@@ -213,10 +213,11 @@ class NoLooks(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("ascend", [False, True])
 @pytest.mark.parametrize("loss", ["gloro", "bcp"])
-def test_a_step_as_on_a_gpu_never_looks_at_a_value(tiny_net, loss, monkeypatch):
+def test_a_step_as_on_a_gpu_never_looks_at_a_value(tiny_net, loss, ascend, monkeypatch):
     monkeypatch.setitem(worst_case._ROUNDS_PER_LOOK, "cpu", worst_case._ROUNDS_PER_LOOK["cuda"])
-    norms, x = PowerIteration(2), channels_last(torch.rand(4, 1, 28, 28))
+    norms, x = PowerIteration(2, ascend=ascend), channels_last(torch.rand(4, 1, 28, 28))
     stored = StoredVectors(4, Layout.of(tiny_net, x[:1]).vectors, x.device)
     # The optimizer of a CPU reads its own step counter there, which a GPU's does not.
     optimizer = torch.optim.SGD(tiny_net.parameters(), lr=0.1)
