@@ -163,15 +163,13 @@ def _power(u: Tensor, v: Tensor, forward: Product, backward: Product) -> tuple[T
 
 def _ascent(u: Tensor, v: Tensor, forward: Product, backward: Product) -> tuple[Tensor, Tensor]:
     """The unit vector of the longest image in the plane of u and W^T v, and that image. v: the image of u."""
-    u, length = unit(u)
-    v = v * per_image(reciprocal(length), v)
-    gradient = backward(v)
-    along = _dot(gradient, u)
+    gradient, size = backward(v), lengths(u)
+    along = torch.where(size == 0, 0, _dot(gradient, u) / size**2)
     uphill = gradient - per_image(along, u) * u
     length = lengths(uphill)
     # What is left of a shorter one is rounding, and not orthogonal to u.
-    converged = length <= torch.finfo(u.dtype).eps ** 0.5 * along
-    uphill = uphill * per_image(torch.where(converged, 0, reciprocal(length)), u)
+    converged = length <= torch.finfo(u.dtype).eps ** 0.5 * along * size
+    uphill = uphill * per_image(torch.where(converged, 0, size * reciprocal(length)), u)
     image = forward(uphill)
     angle = 0.5 * torch.atan2(2 * _dot(v, image), _dot(v, v) - _dot(image, image))
     stay, turn = angle.cos(), angle.sin()

@@ -140,6 +140,16 @@ def test_an_ascent_stays_where_its_first_vector_is_the_best(columns, dtype):
         torch.testing.assert_close(found, dense.weight.norm())
 
 
+@both_ways
+@pytest.mark.parametrize("side", ["input_shape", "output_shape"])
+def test_start_vectors_that_are_given_stay_as_they_are(operator, side, ascend):
+    starts = 3 * batch(getattr(operator, side))
+    before = starts.clone()
+    norms = PowerIteration(3, {0: starts}, {0: starts[:1]}, ascend=ascend)
+    masked_of(norms, operator, None, None, norms.whole(operator))
+    assert torch.equal(starts, before)
+
+
 def test_of_nothing_but_zeros_the_norm_is_0_by_an_ascent_too(operator):
     operator = operator.with_weight(torch.zeros_like(operator.weight))
     assert ask(PowerIteration(3, ascend=True), operator, None, None).tolist() == [0] * BATCH
