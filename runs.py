@@ -234,16 +234,6 @@ RUNS = (
         took="1.2 h on one core",
     ),
     Run(
-        "cifar10-best",
-        "cifar10",
-        "6C2F, clipped MaxMin, EMMA loss, four times the epochs",
-        "c6f2_clmaxmin",
-        "--epochs 120 --orthogonal --global_epochs 120 --warmup 0 --rampup 12 --sniter 5 --batch_size 32 "
-        "--epsilon_train 0.1551 --loss emma --lr_scheduler linear --end_lr 1e-5 --ema 0.999",
-        "maxmin/cifar_best",
-        took="4.5 h on one core",
-    ),
-    Run(
         "tinyimagenet-8c2f",
         "tinyimagenet",
         "8C2F",
