@@ -221,8 +221,20 @@ def _again(args: argparse.Namespace, begun: Path) -> list[str]:
     return ["--resume"] if args.resume and exists(begun) else ["--overwrite"] if args.resume or args.overwrite else []
 
 
+def _once(words: list[str]) -> list[str]:
+    """A command line with every flag once, as it is given last."""
+    flags_with_values: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("-") or not flags_with_values:
+            name, given = word, []
+        given.append(word)
+        flags_with_values[name] = given
+    return [word for given in flags_with_values.values() for word in given]
+
+
 def _run(run: utils.Run, words: list[str]) -> None:
     """Run a script, whose output goes where this one's goes, and end as it ends if it fails."""
+    words = _once(words)
     print(f"\n$ python {shlex.join(words)}", flush=True)
     here = [str(ROOT / word) if word in (run.recipe.train, run.recipe.evaluate) else word for word in words]
     code = subprocess.run([sys.executable, *here], check=False).returncode

@@ -106,3 +106,10 @@ def test_the_plan_is_measured_for_real(tmp_path):
     answer = spawn("reproduce.py", JOB, *TINY, "--minutes", 0.01, "--output_dir", tmp_path)
     assert answer.code == 2
     assert "two epochs and their evaluation take" in answer.err
+
+
+def test_a_flag_that_is_given_again_counts_once():
+    words = ["evaluate.py", "--data", "mnist", "--clip", "--out", "a", "--data", "digits", "--out", "b"]
+    assert reproduce._once(words) == ["evaluate.py", "--data", "digits", "--clip", "--out", "b"]
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "evaluate.py", "--images", "5"]
+    assert reproduce._once(several) == several
