@@ -225,10 +225,11 @@ def _once(words: list[str]) -> list[str]:
     """A command line with every flag once, as it is given last."""
     flags_with_values: dict[str, list[str]] = {}
     for word in words:
-        if word.startswith("-") or not flags_with_values:
-            name, given = word, []
+        if word.startswith("--") or not flags_with_values:
+            name, given = word.partition("=")[0], []
+            flags_with_values.pop(name, None)
+            flags_with_values[name] = given
         given.append(word)
-        flags_with_values[name] = given
     return [word for given in flags_with_values.values() for word in given]
 
 

@@ -110,6 +110,7 @@ def test_the_plan_is_measured_for_real(tmp_path):
 
 def test_a_flag_that_is_given_again_counts_once():
     words = ["evaluate.py", "--data", "mnist", "--clip", "--out", "a", "--data", "digits", "--out", "b"]
-    assert reproduce._once(words) == ["evaluate.py", "--data", "digits", "--clip", "--out", "b"]
+    assert reproduce._once(words) == ["evaluate.py", "--clip", "--data", "digits", "--out", "b"]
+    assert reproduce._once(["a.py", "--seed", "1", "--seed=2", "--seed", "3"]) == ["a.py", "--seed", "3"]
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "evaluate.py", "--images", "5"]
     assert reproduce._once(several) == several
