@@ -259,6 +259,8 @@ def training_arguments(
     average = "decay of a moving average of the weights, which is validated beside them; the better of both is kept"
     flag("--ema", type=probability, help=f"{average}; default: none")
     flag("--no_augmentation", action="store_true", help="no random crops and flips (digits never have any)")
+    last = "last so many epochs without random crops and flips"
+    flag("--unaugmented_epochs", type=natural_int, default=0, help=last)
     val_split = "training images held out to pick the best epoch on; 0: the test set picks, as in the paper"
     flag("--val_split", type=natural_int, default=0, help=val_split)
     ddp = (
@@ -276,9 +278,8 @@ def training_arguments(
         args.epsilon = DATA_SETS[args.data].epsilon
     if args.more is None:
         args.more = round(25 * args.epochs / defaults["epochs"])
-    args.epochs, args.warmup, args.rampup, args.more, args.global_epochs = (
-        round(n * args.scale) for n in (args.epochs, args.warmup, args.rampup, args.more, args.global_epochs)
-    )
+    for name in ("epochs", "warmup", "rampup", "more", "global_epochs", "unaugmented_epochs"):
+        setattr(args, name, round(getattr(args, name) * args.scale))
     args.loss_weight = choose_weight(args.loss, args.loss_weight, args.epsilon_train)
     args.lr_warmup *= args.scale
     if args.lr_warmup >= max(1, args.epochs):

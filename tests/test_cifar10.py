@@ -353,7 +353,7 @@ def test_training_and_evaluation_run_on_official_files(official_files, call, tmp
     assert summary["checkpoint"]["training"]["model"] == model
 
 
-def test_training_augments_unless_told_not_to(official_files, call, tmp_path, monkeypatch):
+def test_training_augments_unless_and_until_told_not_to(official_files, call, tmp_path, monkeypatch):
     batches = []
 
     def record(images, generator):
@@ -361,7 +361,16 @@ def test_training_augments_unless_told_not_to(official_files, call, tmp_path, mo
         return images
 
     monkeypatch.setattr("locallip.images.crop_and_flip", record)
-    for flags, expected in ([["--no_augmentation"], []], [[], [10, 10, 10]]):
-        few = [*FEW, "--epochs", 1, *flags, "--data_dir", official_files.parent, "--output_dir", tmp_path]
-        assert call("train_cifar10", *few, "--overwrite").code == 0
+    epoch = [10, 10, 10]
+    for flags, expected in (
+        (["--no_augmentation"], []),
+        ([], 4 * epoch),
+        (["--unaugmented_epochs", 1], 3 * epoch),
+        (["--unaugmented_epochs", 4], []),
+        (["--unaugmented_epochs", 2, "--scale", 0.5], epoch),
+        (["--unaugmented_epochs", 1, "--no_augmentation"], []),
+    ):
+        batches.clear()
+        few = [*FEW, "--epochs", 4, "--rampup", 0, *flags, "--data_dir", official_files.parent]
+        assert call("train_cifar10", *few, "--output_dir", tmp_path, "--overwrite").code == 0
         assert batches == expected

@@ -57,7 +57,7 @@ def train(
     Model and both sets have to be on one device. Errors count an image as certified by the power-iteration estimate.
     Of several processes, each is given the same model and its own part of the sets, and the first writes the files.
 
-    augment: crop and mirror the training images at random.
+    augment: crop and mirror the training images at random, but for the last `args.unaugmented_epochs`.
 
     Raises:
         InputError: if the prefix has a run already, --resume finds none that fits, the weights of --start_from are of
@@ -144,12 +144,15 @@ class _Run:
     def _has_box(self, epoch: int) -> bool:
         return epoch >= self.args.global_epochs
 
+    def _augments(self, epoch: int) -> bool:
+        return self.augment and epoch < self.args.epochs - self.args.unaugmented_epochs
+
     def _train_epoch(self, epoch: int, bar: tqdm) -> dict[str, Any]:
         bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}")
         self.step.loss.train()
         tally = Tally(self.device)
         non_finite = torch.full((), self.batches, device=self.device)  # first batch whose loss is not finite
-        batches = self.training_set.batches(self.args.batch_size, self.shuffle, self.augment, self.batches)
+        batches = self.training_set.batches(self.args.batch_size, self.shuffle, self._augments(epoch), self.batches)
         for batch, (x, y, indices) in enumerate(batches):
             moment = epoch + batch / self.batches
             epsilon, kappa = self.schedule.epsilon_at(moment), self.schedule.kappa_at(moment)
