@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from locallip.bound.certificates import checked, in_float64
 from locallip.bound.checks import first_weight, refuse_clip, refuse_epsilon, refuse_labels, refuse_whole_number
 from locallip.bound.kept_norms import KEPT
 from locallip.bound.proof import Proof, decide, proof_stages, proven_norms, refuse_effort
 from locallip.bound.proven_norms import ProvenNorms
+from locallip.bound.question import checked, in_float64
 from locallip.bound.stages import Answer, Carried, DualStage, Question, Stage
 from locallip.bound.walk import propagate
 from locallip.bound.worst_case import worst_logits, worst_margin

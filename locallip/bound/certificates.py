@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from locallip.bound.checks import (
-    refuse_certificate,
-    refuse_classes,
-    refuse_epsilon,
-    refuse_images,
-    refuse_labels,
-    refuse_model,
-    refuse_probability,
-    refuse_search,
-)
-from locallip.bound.graph import Graph
-from locallip.bound.kept_norms import KEPT
-from locallip.bound.norms import Arithmetic, Norms
+from locallip.bound.checks import refuse_classes, refuse_epsilon, refuse_labels, refuse_search
+from locallip.bound.norms import Norms
 from locallip.bound.operators import Position
-from locallip.bound.pieces import images_at_a_time, in_pieces
-from locallip.bound.power_iteration import PowerIteration
 from locallip.bound.precision import own_precision
-from locallip.bound.proof import LANCZOS_STEPS, decide, prove, proven_norms, refuse_effort
+from locallip.bound.proof import decide, prove, refuse_effort
 from locallip.bound.proven_norms import ProvenNorms
+from locallip.bound.question import Question, checked, prepare
 from locallip.bound.stages import ProductStage
 from locallip.bound.tensors import underflow_to_nan
 from locallip.bound.walk import propagate
-
-# Power iterations of an estimate.
-_ITERATIONS = 1000
 
 
 @dataclass
@@ -70,16 +52,16 @@ def local_lipschitz(
     """
     graph = checked(model, x, certificate, failure_probability)
     refuse_epsilon(epsilon, x)
-    asked = _prepare(model, graph, x, certificate, failure_probability)
-    radii = asked.radii(epsilon, x)
-    found = asked.in_pieces(x, lambda images, part: _lipschitz(asked, images, radii[part]), progress)
+    question = prepare(model, graph, x, certificate, failure_probability)
+    radii = question.radii(epsilon, x)
+    found = question.in_pieces(x, lambda images, part: _lipschitz(question, images, radii[part]), progress)
     return _joined(found)
 
 
-def _lipschitz(asked: _Asked, x: Tensor, epsilon: Tensor) -> Lipschitz:
-    norms = asked.norms
+def _lipschitz(question: Question, x: Tensor, epsilon: Tensor) -> Lipschitz:
+    norms = question.norms
     with own_precision(x.device):
-        bound = propagate(asked.graph, x, epsilon, norms)
+        bound = propagate(question.graph, x, epsilon, norms)
         whole = norms.whole(bound.last)
         last = norms.masked(bound.last, None, bound.last_columns, whole).upper.expand_as(bound.radius)
     return Lipschitz(
@@ -143,9 +125,11 @@ def certify(
     graph = checked(model, x, certificate, failure_probability)
     refuse_labels(y, x, graph.classes)
     refuse_epsilon(epsilon, x)
-    asked = _prepare(model, graph, x, certificate, failure_probability)
-    radii = asked.radii(epsilon, x)
-    found = asked.in_pieces(x, lambda images, part: _certified(asked, images, y[part], radii[part], effort), progress)
+    question = prepare(model, graph, x, certificate, failure_probability)
+    radii = question.radii(epsilon, x)
+    found = question.in_pieces(
+        x, lambda images, part: _certified(question, images, y[part], radii[part], effort), progress
+    )
     return torch.cat(found)
 
 
@@ -179,29 +163,29 @@ def certified_radius(
         refuse_labels(y, x, graph.classes)
     # Doubling and halving between the tolerance and the limit, and the question at 0.
     questions = 3 + 2 * math.ceil(max(0.0, math.log2(limit / tolerance)))
-    asked = _prepare(model, graph, x, certificate, failure_probability, questions)
+    question = prepare(model, graph, x, certificate, failure_probability, questions)
 
     def radius(images: Tensor, part: Tensor) -> Tensor:
-        labels = _answers(asked, images) if y is None else y[part]
-        return _radius(asked, images, labels, tolerance, limit, effort)
+        labels = _answers(question, images) if y is None else y[part]
+        return _radius(question, images, labels, tolerance, limit, effort)
 
-    return torch.cat(asked.in_pieces(x, radius, progress))
+    return torch.cat(question.in_pieces(x, radius, progress))
 
 
-def _answers(asked: _Asked, x: Tensor) -> Tensor:
+def _answers(question: Question, x: Tensor) -> Tensor:
     """The network's own answers (N,): without a call, from which a layer in training mode would learn."""
     with own_precision(x.device):
-        return propagate(asked.graph, x, 0.0, asked.norms, box=False).logits.argmax(dim=1)
+        return propagate(question.graph, x, 0.0, question.norms, box=False).logits.argmax(dim=1)
 
 
-def _radius(asked: _Asked, x: Tensor, y: Tensor, tolerance: float, limit: float, effort: str) -> Tensor:
+def _radius(question: Question, x: Tensor, y: Tensor, tolerance: float, limit: float, effort: str) -> Tensor:
     """Largest certified epsilon (N,), by doubling and then halving."""
     good = x.new_zeros(len(x))
-    possible = _certified(asked, x, y, good, effort)
+    possible = _certified(question, x, y, good, effort)
     bad = torch.full_like(good, min(tolerance, limit))
     growing = possible
     while growing.any():
-        growing = growing & _certified(asked, x, y, bad, effort)
+        growing = growing & _certified(question, x, y, bad, effort)
         good = torch.where(growing, bad, good)
         growing = growing & (bad < limit)
         bad = torch.where(growing, (2 * bad).clamp(max=limit), bad)
@@ -211,96 +195,12 @@ def _radius(asked: _Asked, x: Tensor, y: Tensor, tolerance: float, limit: float,
         splits = possible & (bad - good > tolerance) & (good < middle) & (middle < bad)
         if not splits.any():
             return good
-        certified = splits & _certified(asked, x, y, middle, effort)
+        certified = splits & _certified(question, x, y, middle, effort)
         good, bad = torch.where(certified, middle, good), torch.where(splits & ~certified, middle, bad)
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What is asked of every piece of the images.
-
-    Attributes:
-        graph: the network, in `dtype`.
-        norms: for all images together.
-        dtype: of the images that are walked through.
-        at_a_time: how many.
-        fresh: whether the norms are this call's own, so that start vectors of other images are to be forgotten.
-    """
-
-    graph: Graph
-    norms: Norms
-    dtype: torch.dtype
-    at_a_time: int
-    fresh: bool
-
-    def radii(self, epsilon: float | Tensor, x: Tensor) -> Tensor:
-        """(N,)"""
-        return torch.as_tensor(epsilon, dtype=self.dtype, device=x.device).expand(len(x))
-
-    def in_pieces(self, x: Tensor, ask: Callable[[Tensor, Tensor], Any], progress: bool) -> list[Any]:
-        """Answers to `ask`, which is given images of its own, and their indices among x."""
-
-        def about(part: Tensor) -> Any:
-            if self.fresh and isinstance(self.norms, PowerIteration):
-                self.norms.local_vectors = {}
-            return ask(x[part].to(self.dtype), part)
-
-        return in_pieces(about, len(x), self.at_a_time, x.device, progress)
-
-
-def checked(model: nn.Module, x: Tensor, certificate: str | Norms, failure_probability: float) -> Graph:
-    """The graph of a network that these arguments fit; no norm is computed."""
-    refuse_model(model)
-    refuse_certificate(certificate)
-    refuse_probability(failure_probability)
-    refuse_images(x, model, converted=certificate == "proven")
-    graph = Graph.of(model, x)
-    graph.meanings(x, Arithmetic())
-    return graph
-
-
-def _prepare(
-    model: nn.Module, graph: Graph, x: Tensor, certificate: str | Norms, failure_probability: float, radii: int = 1
-) -> _Asked:
-    """What a certificate of that name asks about checked images, good for so many radii."""
-    at_a_time = images_at_a_time(graph, x)
-    if certificate == "proven":
-        graph = in_float64(model, x)
-        # One more radius for the last layer's norms.
-        norms = proven_norms(graph, x[:1].double(), len(x), failure_probability, radii + 1, kept=KEPT)
-        return _Asked(graph, norms.with_steps(LANCZOS_STEPS[-1]), torch.float64, at_a_time, fresh=True)
-    graph.refuse_if_unlike(model, x)
-    if certificate == "estimate":
-        return _Asked(graph, PowerIteration(_ITERATIONS), x.dtype, at_a_time, fresh=True)
-    at_a_time = at_a_time if isinstance(certificate, ProvenNorms) else max(1, len(x))
-    return _Asked(graph, certificate, x.dtype, at_a_time, fresh=False)
-
-
-def in_float64(model: nn.Module, x: Tensor) -> Graph:
-    """The graph of a copy of a network in float64, for images x (N, ...) in any precision.
-
-    Raises:
-        TypeError: as `Graph.of`, and where the network gives other logits than its graph.
-    """
-    graph = Graph.of(_copied(model).double(), x.double())
-    graph.refuse_if_unlike(model, x.double())
-    return graph
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError as error:
-        if "deepcopy protocol" not in str(error):
-            raise
-        raise TypeError(
-            "the network cannot be copied: it keeps a tensor that was computed from weights as an attribute; compute "
-            "it in forward, or keep tensor.detach()"
-        ) from error
-
-
-def _certified(asked: _Asked, x: Tensor, y: Tensor, epsilon: Tensor, effort: str) -> Tensor:
-    graph, norms = asked.graph, asked.norms
+def _certified(question: Question, x: Tensor, y: Tensor, epsilon: Tensor, effort: str) -> Tensor:
+    graph, norms = question.graph, question.norms
     if isinstance(norms, ProvenNorms):
         margin = prove(graph, x, y, epsilon, norms, effort=effort).worst_margin
     else:

@@ -2,9 +2,9 @@
 
 Between two linear layers the walk of `local_bound` intersects two boxes, clips three tensors (for MaxMin it sorts pairs
 first), marks what can vary and takes middle and half-width: operation by operation some thirty passes over memory, on a
-CPU as expensive as the convolutions. Here forward and backward pass are written out as plain tensor arithmetic, which
-saves nothing but its inputs. `compile_activations` has `torch.compile` make one pass over memory of each; where there
-is no compiler they run as they stand.
+CPU as expensive as the convolutions. In `fused_formulas` forward and backward pass are written out as plain tensor
+arithmetic, which saves nothing but its inputs. `compile_activations` has `torch.compile` make one pass over memory of
+each; where there is no compiler they run as they stand.
 
 At a tie between the two boxes, or between the two of a pair, the gradient goes to one side; at a threshold it goes to
 the threshold.
@@ -21,8 +21,8 @@ import torch.fx.experimental._config
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Threshold = Tensor | float
-Ends = tuple[Tensor, Tensor, Tensor]  # centre of the ball, lower and upper ends of the box; (N, ...) each
+from locallip.bound import fused_formulas as formulas
+from locallip.bound.fused_formulas import Threshold
 
 
 class Clipping(Protocol):
@@ -104,134 +104,13 @@ def _broadcast(x: Tensor, clip: Clipping) -> tuple[Tensor, Threshold, Threshold]
     return x if clip.pairs else x.expand(shape), low, high
 
 
-# --- the formulas, for tensors of (N, entries, C), or of pairs (N, entries, 2, C / 2) --------------------------------
-
-
-def _forward(
-    stack: Tensor, half: Tensor, reach: Tensor, low: Threshold, high: Threshold, pairs: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    # stack: (2 or 1, N, ...). `varying` as numbers: compiled code stores booleans one by one.
-    if not pairs:
-        center, lower, upper = _cut(stack, half, reach)
-        varying = (~((upper <= low) | (lower >= high))).to(half.dtype)
-        center, lower, upper = (_clip(x, low, high) for x in (center, lower, upper))
-        return torch.stack([center, (upper + lower) * 0.5]), (upper - lower) * 0.5, varying
-    first, second = (_cut(*part) for part in _halves(stack, half, reach))
-    larger_center, larger_lower, larger_upper = (torch.maximum(a, b) for a, b in zip(first, second))
-    smaller_center, smaller_lower, smaller_upper = (torch.minimum(a, b) for a, b in zip(first, second))
-    varying = _join((~(larger_lower >= high)).to(half.dtype), (~(smaller_upper <= low)).to(half.dtype))
-    larger_center, larger_lower, larger_upper = (
-        torch.minimum(x, high) for x in (larger_center, larger_lower, larger_upper)
-    )
-    smaller_center, smaller_lower, smaller_upper = (
-        torch.maximum(x, low) for x in (smaller_center, smaller_lower, smaller_upper)
-    )
-    center = _join(larger_center, smaller_center)
-    middle = _join((larger_upper + larger_lower) * 0.5, (smaller_upper + smaller_lower) * 0.5)
-    half = _join((larger_upper - larger_lower) * 0.5, (smaller_upper - smaller_lower) * 0.5)
-    return torch.stack([center, middle]), half, varying
-
-
-def _backward(
-    grad_stack: Tensor,
-    grad_half: Tensor,
-    stack: Tensor,
-    half: Tensor,
-    reach: Tensor,
-    low: Threshold,
-    high: Threshold,
-    pairs: bool,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of stack, half and reach, and of low and high before their sum over the images; None: a number."""
-    if not pairs:
-        ends, grads = _cut(stack, half, reach), _grad_ends(grad_stack, grad_half)
-        over = [grad * (x >= high) for x, grad in zip(ends, grads)]
-        through = [grad * ((x > low) & (x < high)) for x, grad in zip(ends, grads)]
-        return *_cut_backward(through, stack, half, reach), None, sum(over) if isinstance(high, Tensor) else None
-    parts = list(_halves(stack, half, reach))
-    first, second = (_cut(*part) for part in parts)
-    grads_larger, grads_smaller = (_grad_ends(*part) for part in _halves(grad_stack, grad_half))
-    grads_a, grads_b, grad_low, grad_high = [], [], 0, 0
-    for a, b, grad_larger, grad_smaller in zip(first, second, grads_larger, grads_smaller):
-        in_order = a >= b
-        larger, smaller = torch.maximum(a, b), torch.minimum(a, b)
-        grad_high, grad_low = grad_high + grad_larger * (larger >= high), grad_low + grad_smaller * (smaller <= low)
-        grad_larger, grad_smaller = grad_larger * (larger < high), grad_smaller * (smaller > low)
-        crossed = (grad_larger - grad_smaller) * in_order
-        grads_a.append(grad_smaller + crossed)
-        grads_b.append(grad_larger - crossed)
-    joined = (_join(a, b) for a, b in zip(_cut_backward(grads_a, *parts[0]), _cut_backward(grads_b, *parts[1])))
-    return *joined, grad_low, grad_high
-
-
-def _cut(stack: Tensor, half: Tensor, reach: Tensor) -> Ends:
-    """Centre of the ball, and the ends of the intersection of its own box with the box."""
-    center, middle = stack[0], stack[-1]
-    return center, torch.maximum(middle - half, center - reach), torch.minimum(middle + half, center + reach)
-
-
-def _grad_ends(grad_stack: Tensor, grad_half: Tensor) -> Ends:
-    """From gradients of centre, middle and half-width to those of centre, lower and upper end."""
-    grad_center, grad_middle = grad_stack.unbind(0)
-    return grad_center, (grad_middle - grad_half) * 0.5, (grad_middle + grad_half) * 0.5
-
-
-def _cut_backward(grads: Ends, stack: Tensor, half: Tensor, reach: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From gradients of centre and ends of the intersection to those of stack, half and reach."""
-    center, middle = stack[0], stack[-1]
-    grad_center, grad_lower, grad_upper = grads
-    ball_lower = grad_lower * (center - reach > middle - half)
-    ball_upper = grad_upper * (center + reach < middle + half)
-    box_lower, box_upper = grad_lower - ball_lower, grad_upper - ball_upper
-    grad_center, grad_middle = grad_center + ball_lower + ball_upper, box_lower + box_upper
-    grad_stack = torch.stack([grad_center, grad_middle]) if len(stack) > 1 else (grad_center + grad_middle).unsqueeze(0)
-    return grad_stack, box_upper - box_lower, (ball_upper - ball_lower).sum_to_size(len(half), *reach.shape[1:])
-
-
-def _clipped(x: Tensor, low: Threshold, high: Threshold, pairs: bool) -> Tensor:
-    if not pairs:
-        return _clip(x, low, high)
-    a, b = x.unbind(-2)
-    return _join(torch.minimum(torch.maximum(a, b), high), torch.maximum(torch.minimum(a, b), low))
-
-
-def _clipped_backward(
-    grad: Tensor, x: Tensor, low: Threshold, high: Threshold, pairs: bool, learns: bool
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, and of low and high before their sum over the images; None: a number, or nothing `learns`."""
-    if not pairs:
-        over = grad * (x >= high) if learns and isinstance(high, Tensor) else None
-        return grad * ((x > low) & (x < high)), None, over
-    (a, b), (grad_larger, grad_smaller) = x.unbind(-2), grad.unbind(-2)
-    larger, smaller, in_order = torch.maximum(a, b), torch.minimum(a, b), a >= b
-    grad_low, grad_high = grad_smaller * (smaller <= low), grad_larger * (larger >= high)
-    grad_larger, grad_smaller = grad_larger * (larger < high), grad_smaller * (smaller > low)
-    grad_a = torch.where(in_order, grad_larger, grad_smaller)
-    grad_b = torch.where(in_order, grad_smaller, grad_larger)
-    return _join(grad_a, grad_b), *((grad_low, grad_high) if learns else (None, None))
-
-
-def _clip(x: Tensor, low: Threshold, high: Threshold) -> Tensor:
-    x = torch.maximum(x, low) if isinstance(low, Tensor) else x.clamp(min=low)
-    return torch.minimum(x, high) if isinstance(high, Tensor) else x.clamp(max=high)
-
-
-def _halves(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The first halves of the channels of all tensors, then the second ones."""
-    return zip(*(x.unbind(-2) for x in tensors))
-
-
-def _join(first: Tensor, second: Tensor) -> Tensor:
-    return torch.stack([first, second], dim=-2)
-
-
 # --- their autograd functions ----------------------------------------------------------------------------------------
 
 _PLAIN_PASSES: dict[str, Callable[..., Any]] = {
-    "activation": _clipped,
-    "activation backward": _clipped_backward,
-    "forward": _forward,
-    "backward": _backward,
+    "activation": formulas.clipped,
+    "activation backward": formulas.clipped_backward,
+    "forward": formulas.forward,
+    "backward": formulas.backward,
 }
 _PASSES = dict(_PLAIN_PASSES)
 
@@ -242,7 +121,7 @@ def _pass(name: str, images: int) -> Callable[..., Any]:
 
 
 class _Activation(torch.autograd.Function):
-    """`_clipped` with the gradients written out: autograd looks for ties to share them out, which takes much longer."""
+    """`formulas.clipped` with the gradients written out: autograd shares them out at ties, which takes much longer."""
 
     @staticmethod
     def forward(ctx, x, low, high, pairs):  # noqa: ANN001, ANN205

@@ -11,7 +11,6 @@ from oracles import CLASSES, IMAGES, ExactNorms, images, settled
 from torch import nn
 
 from local_bound import Normalize, PowerIteration, certified_radius, certify, local_lipschitz, propagate, verify
-from locallip.bound import certificates
 from locallip.bound.activations import Activation, Elementwise
 from locallip.bound.layers import ClampGroupSort, ReLU_x
 from locallip.bound.proof import decide, prove, proven_norms
@@ -68,7 +67,7 @@ CONVERTING = ["certify", "certified_radius", "local_lipschitz"]
 @pytest.fixture(autouse=True)
 def _no_work(monkeypatch):
     """Few iterations where a question is answered."""
-    monkeypatch.setattr(certificates, "_ITERATIONS", 200)
+    monkeypatch.setattr("locallip.bound.question.ESTIMATE_ITERATIONS", 200)
 
 
 def refused(kind, match, ask, *question):

@@ -7,7 +7,7 @@ import torch
 from oracles import clipped_relu
 from torch import nn
 
-from locallip.bound import certificates, proven_norms
+from locallip.bound import proven_norms
 from locallip.bound.certificates import certified_radius, certify, local_lipschitz
 from locallip.bound.layers import ClampGroupSort, Normalize
 from locallip.bound.proof import EFFORTS, prove
@@ -118,7 +118,7 @@ _plain = {}
 @pytest.fixture(autouse=True)
 def _the_same_chance_and_few_iterations(monkeypatch):
     monkeypatch.setattr(proven_norms.secrets, "randbits", lambda bits: 7)
-    monkeypatch.setattr(certificates, "_ITERATIONS", 20)
+    monkeypatch.setattr("locallip.bound.question.ESTIMATE_ITERATIONS", 20)
 
 
 def same(name, question, state):
