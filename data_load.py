@@ -7,6 +7,7 @@ known md5, whether the files were downloaded, shipped or copied by hand; Tiny Im
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import zlib
@@ -106,22 +107,34 @@ def _read_idx(path: Path) -> np.ndarray:
 
 
 def _read_mnist(data_dir: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
-    mnist = _from_torchvision(lambda: datasets.MNIST(data_dir, train=train, download=True), "MNIST", data_dir)
+    mnist = _from_torchvision(
+        lambda: datasets.MNIST(data_dir, train=train, download=True), "MNIST", data_dir, "MNIST/raw"
+    )
     return mnist.data.numpy()[:, None], mnist.targets.numpy().astype(np.uint8)
 
 
-def _from_torchvision(read: Callable[[], datasets.VisionDataset], name: str, data_dir: Path) -> datasets.VisionDataset:
+def _from_torchvision(
+    read: Callable[[], datasets.VisionDataset], name: str, data_dir: Path, below: str
+) -> datasets.VisionDataset:
+    """The data set. below: where its files lie in `data_dir`; folders made for them do not stay without them."""
+    made = [folder for folder in (data_dir / below, *(data_dir / below).parents) if not folder.exists()]
     try:
         return read()
     except (OSError, RuntimeError, ValueError, AssertionError, TypeError, KeyError, EOFError) as error:
+        for folder in made:
+            with contextlib.suppress(OSError):  # not empty, or never made
+                folder.rmdir()
         raise InputError(
-            f"cannot read or download {name} below {data_dir} ({first_line(error)}); "
-            f"without a network, put torchvision's files for it there, or name their folder with --data_dir"
+            f"cannot read or download {name} below {data_dir} ({first_line(error).rstrip(':')}); "
+            f"without a network, put torchvision's files for it there, or name the folder that holds "
+            f"{Path(below).parts[0]}/ with --data_dir"
         ) from None
 
 
 def _read_cifar10(data_dir: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
-    cifar = _from_torchvision(lambda: datasets.CIFAR10(data_dir, train=train, download=True), "CIFAR-10", data_dir)
+    cifar = _from_torchvision(
+        lambda: datasets.CIFAR10(data_dir, train=train, download=True), "CIFAR-10", data_dir, "cifar-10-batches-py"
+    )
     return np.ascontiguousarray(cifar.data.transpose(0, 3, 1, 2)), np.array(cifar.targets, dtype=np.uint8)
 
 

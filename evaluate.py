@@ -59,8 +59,10 @@ def arguments(defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
     flag("--overwrite", action="store_true", help="replace a report, or an unfinished one, that --out has already")
     parser.set_defaults(**(defaults or {}))
     args = parser.parse_args()
-    if args.certificate == "estimate" and (args.deployed != "exact" or args.certificate_seed is not None):
-        raise InputError("--deployed and --certificate_seed belong to a proven certificate, not to an estimate")
+    of_a_proof = ("deployed", "certificate_seed", "effort", "failure_probability")
+    if args.certificate == "estimate" and any(getattr(args, name) != parser.get_default(name) for name in of_a_proof):
+        named = ", ".join(f"--{name}" for name in of_a_proof)
+        raise InputError(f"{named} belong to a proven certificate, not to an estimate; drop them")
     if args.resume and args.overwrite:
         raise InputError("--resume and --overwrite exclude each other")
     if args.resume and not args.out:

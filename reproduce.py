@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shlex
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 import runs
 import table
 import utils
-from data_load import DATA_SETS, count_classes, load_data
+from data_load import count_classes, load_data
 from locallip import devices, distributed, flags
 from locallip.evaluation.table import table as as_table
 from locallip.files import InputError, check_writable, exists, run_script, write_atomically
@@ -173,17 +174,27 @@ def main() -> None:
     wanted = utils.training_arguments(
         "", utils.data_sets(run.data), run.recipe.defaults, [*run.training(), *others, *place]
     )
+    _refuse_other_rows(run, wanted)
     files = RunFiles(Path(args.output_dir), run.prefix)
     report, planned = Path(args.output_dir) / "results" / run.job, files.best.with_name(f"{files.best.stem}_plan.json")
     plan = _planned(planned) if args.resume else _new_plan(args, run, wanted, files, report, planned)
     _run(run, runs.command(run.job, [*others, *place, "--scale", repr(plan.scale), *_again(args, files.checkpoint)]))
     what = ["--data", wanted.data, "--width", str(wanted.width), "--data_dir", wanted.data_dir]
     what += ["--device", wanted.device, "--seed", str(wanted.seed)]
+    what += ["--epsilon", repr(wanted.epsilon), "--test_batch_size", str(wanted.test_batch_size)]
     how = ["--certificate", "both", "--images", str(plan.images), "--test_sniter", str(plan.power_iterations)]
     where = ["--saved_model", str(Path(args.output_dir) / run.prefix), "--out", str(report)]
     where += _again(args, report / "unfinished" / "run.json")
     _run(run, runs.command(f"evaluate-{run.job}", [*what, *how, *where]))
-    print(as_table([replace(table.row(run), epsilon=DATA_SETS[wanted.data].epsilon)], report.parent))
+    print(as_table([replace(table.row(run), epsilon=wanted.epsilon)], report.parent))
+
+
+def _refuse_other_rows(run: utils.Run, wanted: argparse.Namespace) -> None:
+    """Refuse flags that make a training another job's, whose files the evaluation would look for in vain."""
+    for name in ("prefix", "model"):
+        if getattr(wanted, name) != getattr(run, name):
+            way_out = "--output_dir puts its files elsewhere" if name == "prefix" else "name another JOB"
+            raise InputError(f"--{name} is what makes the row {run.job}, so it stays {getattr(run, name)}; {way_out}")
 
 
 def _new_plan(
@@ -238,7 +249,9 @@ def _run(run: utils.Run, words: list[str]) -> None:
     words = _once(words)
     print(f"\n$ python {shlex.join(words)}", flush=True)
     here = [str(ROOT / word) if word in (run.recipe.train, run.recipe.evaluate) else word for word in words]
-    code = subprocess.run([sys.executable, *here], check=False).returncode
+    # Where processes are several, the package starts them, from whatever folder.
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    code = subprocess.run([sys.executable, *here], check=False, env=os.environ | {"PYTHONPATH": paths}).returncode
     if code:
         sys.exit(code if code > 0 else 1)
 

@@ -10,7 +10,10 @@ suits() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (
 
 # set_up [FOLDER REQUIREMENTS]: PYTHON is that of an environment with these packages; one that is named already stays.
 set_up() {
-    if [ -n "${PYTHON:-}" ]; then return; fi
+    if [ -n "${PYTHON:-}" ]; then
+        command -v "$PYTHON" >/dev/null || { echo "error: PYTHON=$PYTHON is no program" >&2; exit 2; }
+        return
+    fi
     local folder=${1:-.venv} requirements=${2:-requirements.txt} wanted fresh=
     wanted=$(cksum <"$requirements")
     PYTHON=$folder/bin/python
@@ -50,7 +53,7 @@ Extra arguments go to the script behind the job: \`bash run_job.sh mnist-4c3f --
 END
 }
 
-need_prefix() { [ $# -gt 0 ] || { echo "error: '$job' needs the prefix of a checkpoint" >&2; exit 2; }; }
+need_prefix() { [[ ${1:--} != -* ]] || { echo "error: '$job' needs the prefix of a checkpoint" >&2; exit 2; }; }
 
 # A run is a record in runs.py, which needs no packages: any python3 reads it, before there is a .venv.
 runs() { "$(command -v python3 || echo "${PYTHON:-python3}")" runs.py "$@"; }

@@ -282,7 +282,7 @@ def command(job: str, arguments: list[str]) -> list[str]:
     processes = os.environ.get("PROCESSES") or str(run.recipe.processes)
     if not processes.isdecimal() or int(processes) == 0:
         raise ValueError(f"PROCESSES must be a number of processes, not '{processes}'")
-    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *words]
+    return ["-m", "locallip.start", "--standalone", f"--nproc_per_node={processes}", *words]
 
 
 def listing() -> str:

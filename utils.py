@@ -213,7 +213,7 @@ def training_arguments(
     flag("--epochs", type=positive_int, help="length of the training")
     flag("--warmup", type=natural_int, help="epochs at epsilon 0, with the clean loss only")
     flag("--rampup", type=natural_int, help="epochs in which epsilon rises and kappa falls, after the warm-up")
-    flag("--scale", type=scale, default=1.0, help="shorten (or stretch) epochs, warm-up and ramp-up alike")
+    flag("--scale", type=scale, default=1.0, help="shorten (or stretch) the whole schedule, whatever is in epochs")
     epsilon = "L2 radius of validation, in pixel space (pixels in [0, 1]); default: the paper's for the data set"
     flag("--epsilon", type=natural_float, help=epsilon)
     flag("--epsilon_train", type=natural_float, help="L2 radius at the end of the ramp-up")
@@ -278,13 +278,16 @@ def training_arguments(
         args.epsilon = DATA_SETS[args.data].epsilon
     if args.more is None:
         args.more = round(25 * args.epochs / defaults["epochs"])
+    published = args.epochs
     for name in ("epochs", "warmup", "rampup", "more", "global_epochs", "unaugmented_epochs"):
         setattr(args, name, round(getattr(args, name) * args.scale))
+    if args.epochs < 1:
+        raise InputError(f"--scale {args.scale:g} leaves none of {published} epochs; give a larger one")
     args.loss_weight = choose_weight(args.loss, args.loss_weight, args.epsilon_train)
     args.lr_warmup *= args.scale
-    if args.lr_warmup >= max(1, args.epochs):
+    if args.lr_warmup >= args.epochs:
         raise InputError(f"--lr_warmup {args.lr_warmup:g} leaves none of {args.epochs} epochs; lower it")
-    if args.epochs < max(1, args.warmup + args.rampup):
+    if args.epochs < args.warmup + args.rampup:
         raise InputError(
             f"--epochs {args.epochs} is less than warm-up and ramp-up ({args.warmup} + {args.rampup}); "
             f"lower --warmup and --rampup too, or shorten all with --scale"

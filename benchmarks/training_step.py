@@ -90,13 +90,13 @@ class Bench:
         norms = PowerIteration(args.sniter, local_positions=args.indices, skip_idle_masks=skip, factors=factors)
         loss = RobustLoss.from_arguments(model, norms, args)
         stored = StoredVectors(len(x), layout.vectors, x.device)
-        step = Step(loss, norms, stored, torch.optim.Adam(model.parameters(), lr=args.lr))
+        step = Step(loss, norms, stored, torch.optim.Adam(model.parameters(), lr=args.lr, fused=True))
         indices = torch.arange(len(x), device=x.device)
         return lambda: step(x, y, indices, args.epsilon_train, 0.5)[0]
 
 
 def _plain_step(model: nn.Sequential, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
-    optimizer = torch.optim.Adam(model.parameters())
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
 
     def step() -> Tensor:
         loss = F.cross_entropy(model(x), y)

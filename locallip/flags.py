@@ -98,7 +98,7 @@ def probability(text: str) -> float:
 def positive_float(text: str) -> float:
     value = natural_float(text)
     if value == 0:
-        raise argparse.ArgumentTypeError("must be greater than 0")
+        raise argparse.ArgumentTypeError(f"must be greater than 0, got {text}")
     return value
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from locallip.bound.checks import first_weight, refuse_clip, refuse_epsilon, refuse_labels, refuse_whole_number
+from locallip.bound.inquiry import checked, in_float64
 from locallip.bound.kept_norms import KEPT
 from locallip.bound.proof import Proof, decide, proof_stages, proven_norms, refuse_effort
 from locallip.bound.proven_norms import ProvenNorms
-from locallip.bound.question import checked, in_float64
 from locallip.bound.stages import Answer, Carried, DualStage, Question, Stage
 from locallip.bound.walk import propagate
 from locallip.bound.worst_case import worst_logits, worst_margin
@@ -109,7 +109,7 @@ class AttackStage(Stage):
         x, y = question.x, question.y
         weight = first_weight(self.model)
         own = x if weight is None else x.to(weight.dtype)
-        epsilon, generator = question.epsilon.to(own.dtype), torch.Generator().manual_seed(self.seed)
+        epsilon, generator = question.epsilon.to(own.dtype), torch.Generator().manual_seed(self.seed % 2**63)
         points = torch.full_like(x, torch.nan)
         still_open = torch.arange(len(x), device=x.device)
         for number in range(self.starts):

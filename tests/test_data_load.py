@@ -77,6 +77,18 @@ def test_a_truncated_mnist_is_refused(mnist_by_hand, tmp_path):
         load_data("mnist", tmp_path, train=False)
 
 
+@pytest.mark.parametrize(("data", "folder"), [("mnist", "MNIST"), ("cifar10", "cifar-10-batches-py")])
+@pytest.mark.parametrize("below", ["", "typed/wrong"])
+def test_a_folder_without_the_data_is_left_as_it_was(data, folder, below, tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no network:")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    with pytest.raises(InputError, match=rf"\(.*[^:]\); .* the folder that holds {folder}/ with --data_dir"):
+        load_data(data, tmp_path / below, train=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_mnist_passes_when_its_content_has_the_known_md5(mnist_by_hand, tmp_path, monkeypatch):
     images, labels = np.zeros((10, 28, 28), np.uint8), np.arange(10, dtype=np.uint8)
     known = tuple(hashlib.md5(array.tobytes()).hexdigest() for array in (images, labels))

@@ -184,6 +184,18 @@ def test_the_text_names_what_the_certificate_is_for(outcome, summary_of, certifi
     assert said in certified
 
 
+@pytest.mark.parametrize(
+    ("certificate", "named"),
+    [
+        (PROVEN | {"stages": ["25 Lanczos steps", "dual"]}, True),
+        (PROVEN | {"stages": ["25 Lanczos steps"]}, False),
+        (ESTIMATE, False),
+    ],
+)
+def test_the_text_tells_the_product_from_the_whole_where_the_dual_was_asked(outcome, summary_of, certificate, named):
+    assert ("before the dual was asked" in as_text(summary_of(outcome, certificate=certificate))) == named
+
+
 def test_the_text_mentions_nan_where_there_is_any(outcome, summary_of):
     outcome.worst_margin[2] = np.nan
     assert "1 images have a NaN" in as_text(summary_of(outcome))

@@ -66,7 +66,7 @@ run_script(reproduce.main)
 
 
 def test_a_row_is_trained_evaluated_and_set_beside_the_papers(call, tmp_path):
-    flags = [JOB, *TINY, "--output_dir", tmp_path]
+    flags = [JOB, *TINY, "--output_dir", tmp_path, "--epsilon", 0.3, "--test_batch_size", 4]
     answer = spawn("-c", SHORT, *flags)
     shown = answer.out
     assert answer.code == 0, answer.err
@@ -77,6 +77,7 @@ def test_a_row_is_trained_evaluated_and_set_beside_the_papers(call, tmp_path):
     summaries = [json.loads((report / kind / "summary.json").read_text()) for kind in ("proven", "estimate")]
     assert [summary["images"] for summary in summaries] == [8, 8]
     assert summaries[0]["checkpoint"]["training"]["epochs"] == 2
+    assert [(summary["epsilon"], summary["arguments"]["test_batch_size"]) for summary in summaries] == [(0.3, 4)] * 2
     assert (tmp_path / "maxmin" / "mnist_4C3F_maxmin_best.pth").is_file()
 
     again = call("reproduce", *flags)  # refused before anything is measured
@@ -93,6 +94,8 @@ def test_a_row_is_trained_evaluated_and_set_beside_the_papers(call, tmp_path):
         (["--resume", "--minutes", 5], "drop --minutes"),
         (["--minutes", 0], "must be greater than 0"),
         (["--colour", "red"], "unrecognized arguments: --colour red"),
+        (["--prefix", "foo"], "stays maxmin/mnist_4C3F_maxmin; --output_dir puts its files elsewhere"),
+        (["--model", "relux"], "stays c4f3_clmaxmin; name another JOB"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_any_work(call, monkeypatch, tmp_path, flags, said):

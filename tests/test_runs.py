@@ -104,6 +104,14 @@ def test_a_python_in_the_home_folder_is_found(environment, tmp_path):
     assert shown.stdout == "table.py\n"
 
 
+@pytest.mark.parametrize("job", ["table", "mnist-4c3f"])
+def test_a_python_that_is_none_is_refused(environment, tmp_path, job):
+    environment.setenv("PYTHON", str(tmp_path / "nothing here"))
+    answer = subprocess.run(["bash", ROOT / "run_job.sh", job], capture_output=True, text=True)
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert answer.stderr == f"error: PYTHON={tmp_path}/nothing here is no program\n"
+
+
 @pytest.mark.parametrize(("processes", "expected"), [("2", "2"), ("", "4")])
 def test_the_number_of_processes_is_the_environments(environment, processes, expected):
     environment.setenv("PROCESSES", processes)

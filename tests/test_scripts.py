@@ -157,8 +157,9 @@ def test_the_other_jobs_start_their_scripts(run_job, job, script):
 def test_falsification_starts_with_the_prefix_of_a_checkpoint_and_is_refused_without(run_job):
     words = ["falsify.py", "--out", "results/falsify", "--saved_model", "runs/net", "--device", "cpu"]
     assert run_job("falsify", "runs/net", "--device", "cpu").out.splitlines() == words
-    answer = run_job("falsify")
-    assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1)
+    for nothing in ([], ["--images", "5"]):
+        answer = run_job("falsify", *nothing)
+        assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1)
 
 
 def test_the_benchmark_of_proofs_takes_prefixes_or_flags_alone(run_job):

@@ -393,3 +393,7 @@ def test_descent_attains_the_worst_margin_of_a_linear_net_and_goes_for_the_class
     torch.testing.assert_close(margins(net(x + step), y)[:, 3], worst[:, 3], rtol=0, atol=2e-3)
     start = descend(net, x, y, epsilon, start=step, steps=0, other=torch.full((5,), 3))
     torch.testing.assert_close(start, step, rtol=1e-5, atol=0)
+
+
+def test_a_seed_may_have_as_many_bits_as_those_that_are_drawn(net):
+    assert verify(*net, RADIUS, seed=2**200).status == verify(*net, RADIUS, seed=2**200).status

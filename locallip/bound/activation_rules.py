@@ -10,9 +10,16 @@ from locallip.bound import curves
 from locallip.bound.activations import Activation, Clip, ClippedMaxMin
 from locallip.bound.curves import Bent
 from locallip.bound.layers import ClampGroupSort, GroupSort, MaxMin, ReLU_x
-from locallip.bound.linear_rules import per_axis
 from locallip.bound.pooling import MaxPool, adaptive_windows, sliding_windows
-from locallip.bound.rules import Place, refuse, refuse_other_shapes, refuse_training_mode, rule, shape_of
+from locallip.bound.rules import (
+    Place,
+    refuse,
+    refuse_other_shapes,
+    refuse_training_mode,
+    rule,
+    shape_of,
+    window_settings,
+)
 from locallip.bound.sorting import PlainMaxMin, SortedGroups
 
 
@@ -55,6 +62,8 @@ def _groupsort(layer: GroupSort, place: Place) -> Activation:
 
 @rule(nn.LeakyReLU)
 def _leaky_relu(layer: nn.LeakyReLU, place: Place) -> Activation:
+    if math.isnan(layer.negative_slope):
+        refuse(place, layer, "its negative_slope is NaN")
     return Bent(float(layer.negative_slope))
 
 
@@ -165,15 +174,14 @@ _ADAPTIVE_MAXIMA = {nn.AdaptiveMaxPool1d: 1, nn.AdaptiveMaxPool2d: 2, nn.Adaptiv
 def _max_pooling(layer: nn.Module, place: Place) -> Activation:
     axes = _MAXIMA[type(layer)]
     counts = _counts(layer, place, axes)
-    settings = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-    by_axis = zip(place.shape[1:], counts, *(per_axis(setting, axes) for setting in settings))
+    by_axis = zip(place.shape[1:], counts, *window_settings(layer, place, axes), strict=True)
     return MaxPool(layer, [sliding_windows(*axis) for axis in by_axis])
 
 
 @rule(*_ADAPTIVE_MAXIMA)
 def _adaptive_max_pooling(layer: nn.Module, place: Place) -> Activation:
     counts = _counts(layer, place, _ADAPTIVE_MAXIMA[type(layer)])
-    return MaxPool(layer, [adaptive_windows(*pair) for pair in zip(place.shape[1:], counts)])
+    return MaxPool(layer, [adaptive_windows(*pair) for pair in zip(place.shape[1:], counts, strict=True)])
 
 
 def _counts(layer: nn.Module, place: Place, axes: int) -> tuple[int, ...]:

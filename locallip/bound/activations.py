@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,17 @@ class Activation(ABC):
     lipschitz: Tensor | float = 1.0
     rounding: float | None = None
     relative_rounding: float = 0.0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a class that computes otherwise than the one whose boxes, fused passes and dual it would inherit."""
+        super().__init_subclass__(**kwargs)
+        computing = [base for base in cls.__mro__[1:] if issubclass(base, Activation) and "__call__" in vars(base)]
+        known = [base for base in computing if not getattr(base.__call__, "__isabstractmethod__", False)]
+        if known and "__call__" in vars(cls):
+            raise TypeError(
+                f"{cls.__name__} computes otherwise than {cls.__mro__[1].__name__}, but inherits what is known of it; "
+                f"derive it from Activation, or make an Elementwise"
+            )
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -89,7 +100,7 @@ class Activation(ABC):
         return region.center.new_zeros(())
 
     def in_dual(self) -> DualActivation | None:
-        """The same with its inner maximum in closed form; None: nobody has one, and the dual cannot be asked."""
+        """The same with its inner maximum; None: nobody has one, and the dual cannot be asked."""
         return None
 
 
@@ -111,7 +122,10 @@ class Elementwise(Activation):
         return self.function(x.clone())
 
     def varying(self, lower: Tensor, upper: Tensor) -> Tensor:
-        return self.can_vary(lower, upper)
+        varying = self.can_vary(lower, upper)
+        if not isinstance(varying, Tensor):
+            raise TypeError(f"`can_vary` must return a bool tensor {tuple(lower.shape)}, got {type(varying).__name__}")
+        return varying
 
 
 class _Thresholds(Activation):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_MOST_WHOLES = 1_000
+MOST_WHOLES = 1_000
 
 
 class Budget:
@@ -22,9 +22,9 @@ class Budget:
         if not 0 < failure_probability < 1:
             raise ValueError(f"the failure probability must lie between 0 and 1, got {failure_probability}")
         self.failure_probability = failure_probability
-        self._masked_left, self._wholes_left = planned, _MOST_WHOLES
+        self._masked_left, self._wholes_left = planned, MOST_WHOLES
         self._per_masked = failure_probability / 2 / max(planned, 1)
-        self._per_whole = failure_probability / 2 / _MOST_WHOLES
+        self._per_whole = failure_probability / 2 / MOST_WHOLES
 
     def for_masked(self, count: int) -> float:
         """The share of each of `count` masked norms, which are spent by this.

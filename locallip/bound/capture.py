@@ -58,5 +58,9 @@ def _read(model: nn.Module, x: Tensor, origins: Origins) -> Captured:
                 raise Refusal(reading.obstacles) from error
             sizes = ", ".join(map(str, x.shape[1:]))
             said = str(error).strip().splitlines() or [type(error).__name__]
-            raise ValueError(f"the network does not run on images (N, {sizes}) of {x.dtype}: {said[0]}") from error
+            buffers = "; weights and constants in parameters and buffers follow the network's precision"
+            hint = buffers if "dtype" in said[0] else ""
+            raise ValueError(
+                f"the network does not run on images (N, {sizes}) of {x.dtype}: {said[0]}{hint}"
+            ) from error
     return reading.finish(output)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from locallip.bound.checks import refuse_classes, refuse_epsilon, refuse_labels, refuse_search
+from locallip.bound.inquiry import Inquiry, checked, prepare
 from locallip.bound.norms import Norms
 from locallip.bound.operators import Position
 from locallip.bound.precision import own_precision
 from locallip.bound.proof import decide, prove, refuse_effort
 from locallip.bound.proven_norms import ProvenNorms
-from locallip.bound.question import Question, checked, prepare
 from locallip.bound.stages import ProductStage
 from locallip.bound.tensors import underflow_to_nan
 from locallip.bound.walk import propagate
@@ -27,8 +27,9 @@ class Lipschitz:
     Attributes:
         lipschitz: (N,) valid in the ball around each image.
         global_lipschitz: scalar, valid for every pair of images.
-        local_norms: by position of a linear layer, (N,); their product is `lipschitz`.
-        global_norms: by position of a linear layer, scalar; their product is `global_lipschitz`.
+        local_norms: by position of a linear layer, (N,). Their product is `lipschitz` where the layers stand one behind
+            the other and no activation is steeper than 1; overlapping maxima count as steeper.
+        global_norms: the same of `global_lipschitz`, scalars.
     """
 
     lipschitz: Tensor
@@ -52,16 +53,16 @@ def local_lipschitz(
     """
     graph = checked(model, x, certificate, failure_probability)
     refuse_epsilon(epsilon, x)
-    question = prepare(model, graph, x, certificate, failure_probability)
-    radii = question.radii(epsilon, x)
-    found = question.in_pieces(x, lambda images, part: _lipschitz(question, images, radii[part]), progress)
+    inquiry = prepare(model, graph, x, certificate, failure_probability)
+    radii = inquiry.radii(epsilon, x)
+    found = inquiry.in_pieces(x, lambda images, part: _lipschitz(inquiry, images, radii[part]), progress)
     return _joined(found)
 
 
-def _lipschitz(question: Question, x: Tensor, epsilon: Tensor) -> Lipschitz:
-    norms = question.norms
+def _lipschitz(inquiry: Inquiry, x: Tensor, epsilon: Tensor) -> Lipschitz:
+    norms = inquiry.norms
     with own_precision(x.device):
-        bound = propagate(question.graph, x, epsilon, norms)
+        bound = propagate(inquiry.graph, x, epsilon, norms)
         whole = norms.whole(bound.last)
         last = norms.masked(bound.last, None, bound.last_columns, whole).upper.expand_as(bound.radius)
     return Lipschitz(
@@ -125,10 +126,10 @@ def certify(
     graph = checked(model, x, certificate, failure_probability)
     refuse_labels(y, x, graph.classes)
     refuse_epsilon(epsilon, x)
-    question = prepare(model, graph, x, certificate, failure_probability)
-    radii = question.radii(epsilon, x)
-    found = question.in_pieces(
-        x, lambda images, part: _certified(question, images, y[part], radii[part], effort), progress
+    inquiry = prepare(model, graph, x, certificate, failure_probability)
+    radii = inquiry.radii(epsilon, x)
+    found = inquiry.in_pieces(
+        x, lambda images, part: _certified(inquiry, images, y[part], radii[part], effort), progress
     )
     return torch.cat(found)
 
@@ -161,31 +162,31 @@ def certified_radius(
     refuse_classes(graph.classes)
     if y is not None:
         refuse_labels(y, x, graph.classes)
-    # Doubling and halving between the tolerance and the limit, and the question at 0.
+    # Doubling and halving between the tolerance and the limit, and the inquiry at 0.
     questions = 3 + 2 * math.ceil(max(0.0, math.log2(limit / tolerance)))
-    question = prepare(model, graph, x, certificate, failure_probability, questions)
+    inquiry = prepare(model, graph, x, certificate, failure_probability, questions)
 
     def radius(images: Tensor, part: Tensor) -> Tensor:
-        labels = _answers(question, images) if y is None else y[part]
-        return _radius(question, images, labels, tolerance, limit, effort)
+        labels = _answers(inquiry, images) if y is None else y[part]
+        return _radius(inquiry, images, labels, tolerance, limit, effort)
 
-    return torch.cat(question.in_pieces(x, radius, progress))
+    return torch.cat(inquiry.in_pieces(x, radius, progress))
 
 
-def _answers(question: Question, x: Tensor) -> Tensor:
+def _answers(inquiry: Inquiry, x: Tensor) -> Tensor:
     """The network's own answers (N,): without a call, from which a layer in training mode would learn."""
     with own_precision(x.device):
-        return propagate(question.graph, x, 0.0, question.norms, box=False).logits.argmax(dim=1)
+        return propagate(inquiry.graph, x, 0.0, inquiry.norms, box=False).logits.argmax(dim=1)
 
 
-def _radius(question: Question, x: Tensor, y: Tensor, tolerance: float, limit: float, effort: str) -> Tensor:
+def _radius(inquiry: Inquiry, x: Tensor, y: Tensor, tolerance: float, limit: float, effort: str) -> Tensor:
     """Largest certified epsilon (N,), by doubling and then halving."""
     good = x.new_zeros(len(x))
-    possible = _certified(question, x, y, good, effort)
+    possible = _certified(inquiry, x, y, good, effort)
     bad = torch.full_like(good, min(tolerance, limit))
     growing = possible
     while growing.any():
-        growing = growing & _certified(question, x, y, bad, effort)
+        growing = growing & _certified(inquiry, x, y, bad, effort)
         good = torch.where(growing, bad, good)
         growing = growing & (bad < limit)
         bad = torch.where(growing, (2 * bad).clamp(max=limit), bad)
@@ -195,12 +196,12 @@ def _radius(question: Question, x: Tensor, y: Tensor, tolerance: float, limit: f
         splits = possible & (bad - good > tolerance) & (good < middle) & (middle < bad)
         if not splits.any():
             return good
-        certified = splits & _certified(question, x, y, middle, effort)
+        certified = splits & _certified(inquiry, x, y, middle, effort)
         good, bad = torch.where(certified, middle, good), torch.where(splits & ~certified, middle, bad)
 
 
-def _certified(question: Question, x: Tensor, y: Tensor, epsilon: Tensor, effort: str) -> Tensor:
-    graph, norms = question.graph, question.norms
+def _certified(inquiry: Inquiry, x: Tensor, y: Tensor, epsilon: Tensor, effort: str) -> Tensor:
+    graph, norms = inquiry.graph, inquiry.norms
     if isinstance(norms, ProvenNorms):
         margin = prove(graph, x, y, epsilon, norms, effort=effort).worst_margin
     else:

@@ -85,6 +85,8 @@ def refuse_epsilon(epsilon: Any, x: Tensor) -> None:
         if not 0 <= _number("epsilon", epsilon) < math.inf:
             raise ValueError(f"epsilon must not be negative, NaN or infinite, got {epsilon}")
         return
+    if epsilon.layout != torch.strided or epsilon.is_nested or epsilon.is_meta:
+        raise TypeError("epsilon must be a number or a dense tensor, got a sparse, nested or meta one")
     if not epsilon.is_floating_point():
         raise TypeError(f"epsilon must be in floating point, got {epsilon.dtype}: hand in epsilon.to(x.dtype)")
     if epsilon.shape not in ((), (len(x),)):
@@ -99,6 +101,8 @@ def refuse_labels(y: Any, x: Tensor, classes: int) -> None:
     refuse_classes(classes)
     if not isinstance(y, Tensor):
         raise TypeError(f"need one label per image, (N,) int64, got {type(y).__name__}{_as_tensor('y', y)}")
+    if y.layout != torch.strided or y.is_nested or y.is_meta:
+        raise TypeError("need one label per image, (N,) int64, as a dense tensor, got a sparse, nested or meta one")
     if y.dtype != torch.int64:
         raise TypeError(f"need one label per image, (N,) int64, got {y.dtype}: hand in y.long() if these are labels")
     if y.shape != (len(x),):

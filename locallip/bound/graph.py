@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,6 +35,7 @@ from locallip.bound.rules import (
     meaning_of,
     no_rule,
 )
+from locallip.bound.tensors import same
 
 # PyTorch's own modules that training mode changes.
 _IN_TRAINING_OTHERWISE = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
@@ -122,24 +123,26 @@ class Graph:
         """What every hidden layer is, for images x (N, ...), by position; nothing is computed.
 
         Raises:
-            TypeError: names the first layer without a rule and its position; no layer is ever skipped.
+            TypeError: names a layer without a rule and its position; no layer is ever skipped.
             ValueError: names a layer in training mode, or one that takes activations of another width; or for images of
                 another shape than the network was run on, or for `weights` that have changed.
         """
         self._refuse_others(x)
-        shape, result = x.shape[1:], []
+        shape, result, behind = x.shape[1:], [], {}
         for node in self.hidden:
+            _refuse_other_shapes(node, behind)
             shape = node.shape or shape
             meaning = meaning_of(node.layer, Place(node.position, shape, x, arithmetic))
-            shape = _shape_behind(meaning, shape, x)
+            shape = behind[node.position] = _shape_behind(meaning, shape, x)
             result.append((node.position, meaning))
+        _refuse_other_shapes(self.last, behind)
         refuse_width(self.last.layer, self.last.position, self.last.shape or shape)
         return result
 
     def _refuse_others(self, x: Tensor) -> None:
         if self.shape is not None and x.shape[1:] != self.shape:
             raise ValueError(f"the network was run on images {tuple(self.shape)}, these are {tuple(x.shape[1:])}")
-        if not all(torch.equal(now, before) for now, before in self.weights):
+        if not all(same(now, before) for now, before in self.weights):
             raise ValueError("what the network computes weights or places from has changed: make its graph anew")
 
     def operators(self, x: Tensor) -> list[LinearOperator]:
@@ -218,6 +221,16 @@ def _size(meaning: Meaning, sizes: list[Tensor]) -> Tensor:
     if isinstance(meaning, LinearOperator):
         return meaning.absolute(*sizes) + meaning.bias_magnitude()
     return _value(meaning, sizes)
+
+
+def _refuse_other_shapes(node: Node, behind: Mapping[Position, torch.Size]) -> None:
+    """Refuse a layer that was given something of another shape, in the run, than the rule of the one before makes."""
+    before = behind.get(node.inputs[0]) if len(node.inputs) == 1 else None
+    if before is not None and node.shape is not None and before != node.shape:
+        raise TypeError(
+            f"the rule for what stands before {describe(node.position, node.layer)} makes {tuple(before)} of an image, "
+            f"but the network makes {tuple(node.shape)} there"
+        )
 
 
 def _shape_behind(meaning: Meaning, shape: torch.Size, x: Tensor) -> torch.Size:

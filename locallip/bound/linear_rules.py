@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +20,13 @@ from locallip.bound.rules import (
     refuse,
     refuse_other_shapes,
     refuse_training_mode,
+    refusing_what_fails,
     rule,
     shape_of,
+    window_settings,
 )
 from locallip.bound.selection import Selection, places_of
+from locallip.bound.settings import per_axis
 from locallip.bound.transposed import TransposedConv
 
 
@@ -42,13 +43,16 @@ def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, place: Place) -> Conv
 
 @rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def _transposed_convolution(layer: nn.Module, place: Place) -> TransposedConv:
-    refuse_other_shapes(place, layer, 1 + len(layer.kernel_size))
-    if any(more >= step for more, step in zip(layer.output_padding, layer.stride)):
+    axes = len(layer.kernel_size)
+    refuse_other_shapes(place, layer, 1 + axes)
+    settings = (layer.stride, layer.padding, layer.dilation, layer.output_padding)
+    stride, padding, dilation, output_padding = (per_axis(setting, axes) for setting in settings)
+    if any(more >= step for more, step in zip(output_padding, stride, strict=True)):
         refuse(place, layer, "output_padding is supported where it is smaller than the stride")
-    spans = [d * (k - 1) + 1 - 2 * p for d, k, p in zip(layer.dilation, layer.kernel_size, layer.padding)]
-    by_axis = zip(place.shape[1:], layer.stride, spans, layer.output_padding)
+    spans = [d * (k - 1) + 1 - 2 * p for d, k, p in zip(dilation, layer.kernel_size, padding, strict=True)]
+    by_axis = zip(place.shape[1:], stride, spans, output_padding, strict=True)
     shape = torch.Size([layer.out_channels, *((size - 1) * step + span + more for size, step, span, more in by_axis)])
-    geometry = (layer.stride, layer.padding, layer.dilation, layer.groups, place.arithmetic.factors)
+    geometry = (stride, padding, dilation, layer.groups, place.arithmetic.factors)
     return TransposedConv(Conv(layer.weight, None, place.position, shape, *geometry), layer.bias)
 
 
@@ -116,31 +120,28 @@ _AVERAGES = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
 _ADAPTIVE = {nn.AdaptiveAvgPool1d: 1, nn.AdaptiveAvgPool2d: 2, nn.AdaptiveAvgPool3d: 3}
 
 
-def per_axis(setting: int | tuple[int, ...], axes: int) -> tuple[int, ...]:
-    """One setting for each axis, of one for all or one for each."""
-    return (setting,) * axes if isinstance(setting, int) else tuple(setting)
-
-
 @rule(*_AVERAGES)
 def _average_pooling(layer: nn.Module, place: Place) -> LinearOperator:
     axes = _AVERAGES[type(layer)]
     refuse_other_shapes(place, layer, 1 + axes)
-    kernel, stride, padding = (per_axis(part, axes) for part in (layer.kernel_size, layer.stride, layer.padding))
+    kernel, stride, padding = window_settings(layer, place, axes)
     counts_padding = layer.count_include_pad or not any(padding)
-    divisor = getattr(layer, "divisor_override", None)
+    divisor = getattr(layer, "divisor_override", None) or 0
     if counts_padding and not layer.ceil_mode and not divisor:
         channels, factors = place.shape[0], place.arithmetic.factors
         weight = place.like.new_full((channels, 1, *kernel), 1 / math.prod(kernel))
         return Conv(weight, None, place.position, place.shape, stride, padding, groups=channels, factors=factors)
     matrices = []
-    for number, axis in enumerate(zip(place.shape[1:], shape_of(layer, place)[1:], kernel, stride, padding)):
+    by_axis = zip(place.shape[1:], shape_of(layer, place)[1:], kernel, stride, padding, strict=True)
+    for number, axis in enumerate(by_axis):
         size, count, side, step, pad = axis
         if divisor:
-            terms = [1 if number else divisor] * count
+            terms = [1 if number else abs(divisor)] * count
         else:  # of a window that ceil_mode lets stand out, what lies in the padding counts
             terms = [min(side, size + 2 * pad - at * step) for at in range(count)] if counts_padding else None
         matrices.append(averages(sliding_windows(*axis), size, place.like, terms))
-    return AveragePool(matrices, place.shape[0], place.position)
+    pool = AveragePool(matrices, place.shape[0], place.position)
+    return pool.with_weight(-pool.weight) if divisor < 0 else pool
 
 
 @rule(*_ADAPTIVE)
@@ -148,8 +149,8 @@ def _adaptive_average_pooling(layer: nn.Module, place: Place) -> LinearOperator:
     axes = _ADAPTIVE[type(layer)]
     refuse_other_shapes(place, layer, 1 + axes)
     sizes = place.shape[1:]
-    counts = [size if count is None else count for size, count in zip(sizes, per_axis(layer.output_size, axes))]
-    matrices = [averages(adaptive_windows(*pair), pair[0], place.like) for pair in zip(sizes, counts)]
+    counts = shape_of(layer, place)[1:]
+    matrices = [averages(adaptive_windows(*pair), pair[0], place.like) for pair in zip(sizes, counts, strict=True)]
     return AveragePool(matrices, place.shape[0], place.position)
 
 
@@ -160,18 +161,9 @@ def _adaptive_average_pooling(layer: nn.Module, place: Place) -> LinearOperator:
 @rule(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.CircularPad1d, nn.CircularPad2d)
 @rule(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Unfold, nn.Upsample, nn.UpsamplingNearest2d)
 def _move(layer: nn.Module, place: Place) -> Selection:
-    with _refusing_what_fails(layer, place):
+    with refusing_what_fails(layer, place):
         (places,) = places_of(layer, place.shape, place.like, rounds=isinstance(layer, nn.Upsample))
     return Selection.of(places, place.position, place.shape, place.like)
-
-
-@contextmanager
-def _refusing_what_fails(layer: nn.Module, place: Place) -> Iterator[None]:
-    """Refuse settings and shapes that a layer itself does not run with."""
-    try:
-        yield
-    except (ValueError, RuntimeError, IndexError) as error:
-        refuse(place, layer, f"{str(error).splitlines()[0]} (it takes {tuple(place.shape)})")
 
 
 # --- what changes no number ------------------------------------------------------------------------------------------
@@ -185,8 +177,7 @@ def _as_it_is(x: Tensor) -> Tensor:
 def _unflatten(layer: nn.Unflatten, place: Place) -> Reshape:
     if layer.dim in (0, -1 - len(place.shape)):
         refuse(place, layer, "mixes images; the first dimension must stay the batch")
-    with _refusing_what_fails(layer, place):
-        shape = shape_of(layer, place)
+    shape = shape_of(layer, place)
     return Reshape(lambda x: x.reshape(len(x), *shape))
 
 

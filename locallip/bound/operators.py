@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
+from locallip.bound.settings import Setting, per_axis
 from locallip.bound.torus import torus_norm
 
 Position = int | str
@@ -83,7 +84,15 @@ class LinearOperator(ABC):
 
     @property
     def terms(self) -> tuple[int, int]:
-        """Of how many terms at most an output of `apply`, and one of `adjoint`, is the sum."""
+        """Of how many terms at most an output of `apply`, and one of `adjoint`, is the sum.
+
+        Raises:
+            TypeError: for a weight that does not tell, (H_out, H_in) or (C_out, C_in, ...); a subclass says it then.
+        """
+        if self.weight.dim() < 2:
+            raise TypeError(
+                f"{type(self).__name__} has a weight {tuple(self.weight.shape)}: give it `terms` of its own"
+            )
         return self.weight[0].numel(), len(self.weight) * self.weight[0, 0].numel()
 
     def norm_bound(self) -> Tensor:
@@ -201,22 +210,21 @@ class Conv(LinearOperator):
         bias: Tensor | None,
         position: Position,
         input_shape: torch.Size,
-        stride: tuple[int, ...] | None = None,
-        padding: tuple[int, ...] | None = None,
-        dilation: tuple[int, ...] | None = None,
+        stride: Setting = 1,
+        padding: Setting = 0,
+        dilation: Setting = 1,
         groups: int = 1,
         factors: torch.dtype | None = None,
     ):
         self._dims = weight.dim() - 2
-        stride, dilation = (steps or (1,) * self._dims for steps in (stride, dilation))
-        padding = padding or (0,) * self._dims
+        stride, padding, dilation = (per_axis(setting, self._dims) for setting in (stride, padding, dilation))
         self.weight, self.bias, self.position, self.input_shape = weight, bias, position, input_shape
         self.factors = factors
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         # From the first to the last input that a kernel sees along each axis.
-        reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:])]
-        spare = [n + 2 * p - r - 1 for n, p, r in zip(input_shape[1:], padding, reach)]
-        self.output_shape = torch.Size([len(weight), *(n // s + 1 for n, s in zip(spare, stride))])
+        reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        spare = [n + 2 * p - r - 1 for n, p, r in zip(input_shape[1:], padding, reach, strict=True)]
+        self.output_shape = torch.Size([len(weight), *(n // s + 1 for n, s in zip(spare, stride, strict=True))])
         # With a stride several input sizes give the same output size; this names the one meant.
         self._output_padding = [n % s for n, s in zip(spare, stride)]
 
@@ -238,9 +246,10 @@ class Conv(LinearOperator):
             raise TypeError(f"{where}: padding_mode '{layer.padding_mode}' is not supported, 'zeros' is")
         padding = layer.padding
         if padding == "valid":
-            padding = (0,) * len(layer.kernel_size)
+            padding = 0
         elif padding == "same":
-            reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size)]
+            dilation = per_axis(layer.dilation, len(layer.kernel_size))
+            reach = [d * (k - 1) for d, k in zip(dilation, layer.kernel_size, strict=True)]
             if any(r % 2 for r in reach):
                 raise TypeError(f"{where}: padding 'same' pads unevenly for this kernel")
             padding = tuple(r // 2 for r in reach)

@@ -15,6 +15,7 @@ from locallip.bound.activations import Activation
 from locallip.bound.norms import Arithmetic
 from locallip.bound.operators import LinearOperator
 from locallip.bound.power_iteration import PowerIteration
+from locallip.bound.proven_norms import ProvenNorms
 from locallip.bound.region import Region
 from locallip.bound.rules import Place, Reshape, describe, meaning_of
 from locallip.bound.walk import propagate
@@ -173,6 +174,16 @@ class _OperatorCheck:
         for dim, terms, name in ((1, operator.terms[0], "row"), (0, operator.terms[1], "column")):
             most = int((matrix != 0).sum(dim=dim).max())
             self.require(most <= terms, f"`terms` says {terms} for a {name}, but there are {most}")
+        self.masked(matrix)
+
+    def masked(self, matrix: Tensor) -> None:
+        """Norms of what masks leave, as a proof takes them, against those of the matrix."""
+        operator = self.operator
+        rows, columns = (self.random.uniform(1, *s) < 0.7 for s in (operator.output_shape, operator.input_shape))
+        norms = ProvenNorms(1e-6, planned=1, seed=0)
+        found = norms.masked(operator, rows, columns, norms.whole(operator)).upper.item()
+        left = torch.linalg.matrix_norm(matrix * rows.view(-1, 1) * columns.view(1, -1), ord=2).item()
+        self.require(found >= left * (1 - 1e-9), f"a masked norm is {left:.6g}, and a proof takes it for {found:.6g}")
 
 
 class _RuleCheck:

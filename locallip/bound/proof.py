@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from locallip.bound.activations import Activation
+from locallip.bound.budget import MOST_WHOLES
 from locallip.bound.checks import refuse_epsilon, refuse_images, refuse_labels
 from locallip.bound.dual.around import is_chain
 from locallip.bound.graph import Graph
@@ -74,9 +75,15 @@ def proven_norms(
     """Norms whose budget covers `prove` on so many images, at so many radii each.
 
     x: (N, ...) images of the network, of which only shape and dtype count. Otherwise see `ProvenNorms`.
+
+    Raises:
+        ValueError: for a network of more layers than a budget has whole norms.
     """
     local_stages = sum(steps > 0 for steps in LANCZOS_STEPS)
-    planned = images * radii * len(Graph.of(model, x).operators(x)) * local_stages
+    layers = len(Graph.of(model, x).operators(x))
+    if layers >= MOST_WHOLES:
+        raise ValueError(f"a proof takes networks of up to {MOST_WHOLES} linear layers, this one has {layers + 1}")
+    planned = images * radii * layers * local_stages
     return ProvenNorms(failure_probability, planned, seed=seed, deployed=deployed, kept=kept)
 
 

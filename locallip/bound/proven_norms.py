@@ -129,7 +129,8 @@ class ProvenNorms:
         if self.steps == 0:
             return Bracket(lower.index_fill(0, rest, 0), upper)
         rows, columns = (None if mask is None else mask[rest] for mask in (rows, columns))
-        directly = isinstance(operator, Dense) and _STEPS_PER_SIDE * self.steps >= min(operator.weight.shape)
+        # A subclass may apply its weight otherwise.
+        directly = type(operator) is Dense and _STEPS_PER_SIDE * self.steps >= min(operator.weight.shape)
         found = (_masked_dense if directly else self._masked_by_lanczos)(operator.scaled, rows, columns)
         nothing_left = _is_empty(rows, len(rest), upper) | _is_empty(columns, len(rest), upper)
         lower[rest] = found.lower * operator.scale

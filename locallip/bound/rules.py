@@ -6,8 +6,10 @@ The rules for PyTorch's layers, and for those of `layers`, are in `linear_rules`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from locallip.bound.joins import Join
 from locallip.bound.nodes import Obstacle, Refusal
 from locallip.bound.norms import Arithmetic
 from locallip.bound.operators import LinearOperator, Position
+from locallip.bound.settings import per_axis
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,11 @@ def meaning_of(layer: nn.Module, place: Place) -> Meaning:
         raise Refusal([no_rule(layer, place.position)])
     refuse_width(layer, place.position, place.shape)
     meaning = _RULES[type(layer)](layer, place)
+    if not isinstance(meaning, Meaning):
+        raise TypeError(
+            f"the rule for {describe(place.position, layer)} must return what the layer is, a LinearOperator, an "
+            f"Activation or a Reshape, and returns {type(meaning).__name__}"
+        )
     if isinstance(meaning, LinearOperator):
         refuse_no_outputs(layer, place.position, place.shape, meaning.output_shape)
     return meaning
@@ -147,7 +155,7 @@ def describe(position: Position, layer: nn.Module) -> str:
     return f"{type(layer).__name__} at position {position}"
 
 
-def refuse(place: Place, layer: nn.Module, why: str) -> None:
+def refuse(place: Place, layer: nn.Module, why: str) -> NoReturn:
     """Refuse settings of a layer, with a TypeError that names it."""
     raise TypeError(f"{describe(place.position, layer)}: {why}")
 
@@ -166,9 +174,31 @@ def refuse_other_shapes(place: Place, layer: nn.Module, *dims: int) -> None:
         refuse(place, layer, f"{advice} takes {needed}, not {tuple(place.shape)}".strip())
 
 
+@contextmanager
+def refusing_what_fails(layer: nn.Module, place: Place) -> Iterator[None]:
+    """Refuse settings and shapes that a layer itself does not run with, with a TypeError that names it."""
+    try:
+        yield
+    except (ValueError, RuntimeError, IndexError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        refuse(place, layer, f"{said} (it takes {tuple(place.shape)})")
+
+
 def shape_of(layer: nn.Module, place: Place) -> torch.Size:
     """The shape of one image's activations behind a layer; nothing is computed."""
-    return layer(torch.empty(1, *place.shape, device="meta")).shape[1:]
+    with refusing_what_fails(layer, place):
+        return layer(torch.empty(1, *place.shape, device="meta")).shape[1:]
+
+
+def window_settings(layer: nn.Module, place: Place, axes: int) -> list[tuple[int, ...]]:
+    """Kernel, stride, padding and, of a layer that has it, dilation of pooling, along each axis."""
+    # Without a stride the windows lie side by side.
+    stride = layer.kernel_size if isinstance(layer.stride, Sequence) and not layer.stride else layer.stride
+    settings = [layer.kernel_size, stride, layer.padding, *([layer.dilation] if hasattr(layer, "dilation") else [])]
+    try:
+        return [per_axis(setting, axes) for setting in settings]
+    except TypeError as error:
+        refuse(place, layer, str(error))
 
 
 class BatchNormed(nn.Module):

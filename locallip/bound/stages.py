@@ -105,8 +105,6 @@ class ProductStage(Stage):
     Attributes:
         name: see `Stage`.
         norms: see there.
-        from_above: whether no upper end of their brackets is below that of the last stage, so that what is certified
-            stays so.
         from_below: whether no lower end is above that of the last stage, so that what fails by them stays so.
         before_dual: whether the dual comes next; what fails by the product is open then.
         masks: whether the norms make use of masks.
@@ -115,7 +113,6 @@ class ProductStage(Stage):
 
     name: str
     norms: Norms
-    from_above: bool = True
     from_below: bool = True
     before_dual: bool = False
     masks: bool = True
@@ -126,7 +123,7 @@ class ProductStage(Stage):
         bound = propagate(question.graph, x, epsilon, self.norms, clip, keep_layers=self.before_dual)
         worst = worst_logits(bound, y, ROUNDS)
         margin, possible = worst_margin(worst, y), worst_margin(bound.logits, y) > 0
-        settled = (margin > 0) & self.from_above
+        settled = margin > 0
         if self.from_below and not self.before_dual:
             lowest = replace(bound, radius=epsilon * bound.lowest_hidden_lipschitz)
             settled = settled | ~(worst_margin(worst_logits(lowest, y, ROUNDS), y) > 0)

@@ -75,6 +75,11 @@ def underflow_to_nan(product: Tensor, *factors: Tensor) -> Tensor:
     return torch.where(underflows(product, *factors), torch.nan, product)
 
 
+def same(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors agree in shape and in every entry, a NaN being the same as another."""
+    return x.shape == y.shape and bool(((x == y) | (x.isnan() & y.isnan())).all())
+
+
 def eliminating(rows: Tensor | None, columns: Tensor | None) -> Tensor:
     """For which images (N,) a mask switches anything off; at least one is not None."""
     masks = [mask for mask in (rows, columns) if mask is not None]

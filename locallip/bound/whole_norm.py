@@ -9,6 +9,7 @@ from torch import Tensor
 
 from locallip.bound.norms import Bracket
 from locallip.bound.operators import LinearOperator
+from locallip.bound.tensors import same
 
 
 @dataclass
@@ -27,8 +28,8 @@ class Whole:
         mine = self.operator
         same_place = (mine.input_shape, mine.output_shape) == (operator.input_shape, operator.output_shape)
         same_place = same_place and type(mine) is type(operator)
-        same = same_place and mine.geometry() == operator.geometry() and torch.equal(self._weight, operator.weight)
-        return same and torch.equal(self._image, _image(operator))
+        alike = same_place and mine.geometry() == operator.geometry() and same(self._weight, operator.weight)
+        return alike and torch.equal(self._image, _image(operator))
 
 
 def _image(operator: LinearOperator) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 
 from locallip.bound.stages import is_by_dual
 from locallip.evaluation.outcome import Outcome
+from locallip.evaluation.pgd import PGD_STEPS
 
 _PACKAGES = ("torch", "torchvision", "numpy", "advertorch")
 
@@ -93,7 +94,8 @@ def _version(package: str) -> str | None:
 def _hardware(device: str) -> str:
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''} ({platform.machine()})"
 
 
 def _accuracy(flags: np.ndarray) -> dict[str, Any]:
@@ -114,14 +116,17 @@ def as_text(summary: dict) -> str:
     arguments, how_certified = summary["arguments"], _how_certified(summary["certificate"])
     named = {
         "clean": ("clean", ""),
-        "pgd": ("PGD", "100 steps of epsilon/4 inside [0, 1]"),
+        "pgd": ("PGD", f"{PGD_STEPS} steps of epsilon/4 inside [0, 1]"),
         "certified": ("certified", how_certified),
-        "certified_by_product": ("", "by the product of local norms, before the dual was asked"),
+        "certified_by_product": ("", "by the product of norms, before the dual was asked"),
         "certified_globally": ("", "global bound alone, rounding not allowed for"),
     }
     images = f"{summary['images']} {'held-out training' if arguments.get('held_out') else 'test'} images"
     lines = [f"{arguments['data']}: {images}, epsilon {summary['epsilon']:.6g} (L2, pixel space)"]
+    by_dual = any(map(is_by_dual, summary["certificate"].get("stages", [])))
     for name, accuracy in summary["accuracy"].items():
+        if name == "certified_by_product" and not by_dual:
+            continue
         low, high = accuracy["interval_95"]
         label, how = named[name]
         count = f"({accuracy['count']}/{summary['images']})"

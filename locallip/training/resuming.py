@@ -34,10 +34,10 @@ def refuse_other_arguments(args: argparse.Namespace, saved: Mapping[str, Any], c
     saved = _BEFORE | {"loss": "gloro" if saved.get("gloro") else "bcp"} | dict(saved)
     for name, value in vars(args).items():
         if name not in _MAY_DIFFER and name in saved and saved[name] != value:
-            with_weights = "" if name in _OF_THE_NETWORK else f" --start_from {checkpoint}"
+            with_weights = "" if name in _OF_THE_NETWORK else f", with --start_from {checkpoint}"
             raise InputError(
                 f"cannot resume {checkpoint}: it ran with --{name} {saved[name]}, not {value}; resume "
-                f"with the same flags, or begin a run of another --prefix{with_weights}"
+                f"with the same flags, or begin a new run: another --prefix{with_weights}"
             )
     args.start_from = saved.get("start_from")
 

@@ -185,8 +185,12 @@ class _Run:
             epsilon = self.schedule.epsilon_at(epoch + batch / self.batches)
             raise TrainingDiverged(
                 f"the loss is not finite in epoch {epoch + 1}, batch {batch + 1}, at epsilon {epsilon:.6g}; "
-                f"the last good checkpoint is untouched"
+                f"{self._left()}"
             )
+
+    def _left(self) -> str:
+        """What a training that diverged leaves behind."""
+        return f"the checkpoint of epoch {self.epoch} is untouched" if self.epoch else "no checkpoint was written yet"
 
     def _validate(self, box: bool) -> dict[str, float]:
         found = self._errors(self.model.eval(), "validation", box)
@@ -209,9 +213,7 @@ class _Run:
 
     def _finish_epoch(self, epoch: int, row: dict[str, Any]) -> None:
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            raise TrainingDiverged(
-                f"a weight is not finite after epoch {epoch + 1}; the last good checkpoint is untouched"
-            )
+            raise TrainingDiverged(f"a weight is not finite after epoch {epoch + 1}; {self._left()}")
         self.epoch = epoch + 1
         self.rows.append(row)
         is_best = smallest_error(row) < self.best_error

@@ -67,7 +67,7 @@ CONVERTING = ["certify", "certified_radius", "local_lipschitz"]
 @pytest.fixture(autouse=True)
 def _no_work(monkeypatch):
     """Few iterations where a question is answered."""
-    monkeypatch.setattr("locallip.bound.question.ESTIMATE_ITERATIONS", 200)
+    monkeypatch.setattr("locallip.bound.inquiry.ESTIMATE_ITERATIONS", 200)
 
 
 def refused(kind, match, ask, *question):
@@ -446,3 +446,31 @@ def test_a_layer_that_works_in_place_gets_the_same_bounds(spoiling):
     ]
     for name in ("center", "lower", "upper", "radius", "logits"):
         torch.testing.assert_close(*(getattr(bound, name) for bound in bounds))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_epsilon_and_labels_that_hold_no_dense_numbers_are_refused(kind):
+    model, x = nn.Sequential(nn.Linear(4, 3)).eval(), torch.rand(2, 4)
+
+    def odd(tensor):
+        return tensor.to_sparse() if kind == "sparse" else tensor.to("meta")
+
+    y = torch.zeros(2, dtype=torch.long)
+    with pytest.raises(TypeError, match="epsilon must be a number or a dense tensor"):
+        certify(model, x, y, odd(torch.full((len(x),), 0.1, dtype=x.dtype)))
+    with pytest.raises(TypeError, match="as a dense tensor"):
+        certify(model, x, odd(y), 0.1)
+
+
+@pytest.mark.parametrize("ask", [lambda *net: local_lipschitz(*net, 0.1), certified_radius])
+def test_a_network_without_logits_is_refused(ask):
+    with pytest.raises(ValueError, match="the network gives no logits"):
+        ask(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 0)).eval(), torch.rand(1, 4))
+
+
+def test_more_layers_than_a_proof_has_norms_for_are_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr("locallip.bound.proof.MOST_WHOLES", 3)
+    monkeypatch.setattr("locallip.bound.certificates.prove", lambda *args, **more: pytest.fail("it was proven"))
+    net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4))).eval()
+    with pytest.raises(ValueError, match="networks of up to 3 linear layers, this one has 4"):
+        certify(net, torch.rand(1, 3), torch.tensor([0]), 0.1)

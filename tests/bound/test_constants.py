@@ -364,3 +364,20 @@ def test_several_threads_may_ask_at_once():
     for thread in threads:
         thread.join()
     assert found == [True] * 12
+
+
+def test_a_network_whose_weights_are_not_numbers_certifies_nothing_however_often_it_is_asked():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((2, 3), torch.nan))
+
+        def forward(self, x):
+            return F.linear(x, self.weight / self.weight.norm())
+
+    x, y = torch.rand(1100, 3), torch.zeros(1100, dtype=torch.long)
+    plain = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2)).eval()
+    with torch.no_grad():
+        plain[0].weight[0, 0] = torch.nan
+    assert not certify(Normed().eval(), x[:3], y[:3], 0.1).any()
+    assert set(verify(plain, x, y, 0.1, batch_size=1, attack=0).status) == {"misclassified"}

@@ -19,7 +19,7 @@ from locallip.bound.worst_case import worst_logits, worst_margin
 @pytest.fixture(autouse=True)
 def _seed_and_fewer_iterations(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr("locallip.bound.question.ESTIMATE_ITERATIONS", 100)
+    monkeypatch.setattr("locallip.bound.inquiry.ESTIMATE_ITERATIONS", 100)
 
 
 def scaled_layers(scales, width=8):
@@ -77,7 +77,7 @@ def test_estimates_in_half_precision_are_close_at_ordinary_scales(dtype, scale):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("activation", [clipped_relu, relu, clipped_maxmin])
 def test_radii_in_half_precision_are_close_to_those_in_float32(activation, dtype, monkeypatch):
-    monkeypatch.setattr("locallip.bound.question.ESTIMATE_ITERATIONS", 60)  # as many as these norms need
+    monkeypatch.setattr("locallip.bound.inquiry.ESTIMATE_ITERATIONS", 60)  # as many as these norms need
     layers = [
         *(nn.Conv2d(1, 8, 4, 2, 1), activation(8, 14, 14)),
         *(nn.Conv2d(8, 8, 4, 2, 1), activation(8, 7, 7)),

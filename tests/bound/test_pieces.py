@@ -12,7 +12,7 @@ from oracles import CLASSES, IMAGES, ExactNorms, ExactProvenNorms, images, settl
 from torch import nn
 
 from local_bound import PowerIteration, certified_radius, certify, local_lipschitz, propagate
-from locallip.bound import certificates, pieces, question, worst_case
+from locallip.bound import certificates, inquiry, pieces, worst_case
 from locallip.bound.dual import stage
 from locallip.bound.kept_norms import KEPT
 from locallip.bound.proof import decide
@@ -24,7 +24,7 @@ from locallip.bound.worst_case import worst_logits
 @pytest.fixture(autouse=True)
 def _seed(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr("locallip.bound.question.ESTIMATE_ITERATIONS", 300)
+    monkeypatch.setattr("locallip.bound.inquiry.ESTIMATE_ITERATIONS", 300)
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +44,14 @@ def pieces_of(monkeypatch):
     taken = []
 
     def change(size):
-        monkeypatch.setattr(question, "images_at_a_time", lambda graph, x: size)
+        monkeypatch.setattr(inquiry, "images_at_a_time", lambda graph, x: size)
 
     ask = pieces.in_pieces
 
     def counting(about, *args):
         return ask(lambda part: taken.append(len(part)) or about(part), *args)
 
-    monkeypatch.setattr(question, "in_pieces", counting)
+    monkeypatch.setattr(inquiry, "in_pieces", counting)
     change.taken = taken
     return change
 
@@ -117,9 +117,9 @@ def test_proven_norms_of_ones_own_spend_one_budget_over_all_pieces(model, x, pie
 
 def test_the_failure_probability_is_that_of_all_pieces_together(model, x, pieces_of, monkeypatch):
     """A budget for all of them, not one for each."""
-    made, make = [], question.proven_norms
+    made, make = [], inquiry.proven_norms
     monkeypatch.setattr(
-        "locallip.bound.question.proven_norms", lambda *args, **more: made.append(args[2]) or make(*args, **more)
+        "locallip.bound.inquiry.proven_norms", lambda *args, **more: made.append(args[2]) or make(*args, **more)
     )
     pieces_of(1)
     certify(model, x, model(x).argmax(dim=1), 0.2)

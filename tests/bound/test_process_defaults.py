@@ -118,7 +118,7 @@ _plain = {}
 @pytest.fixture(autouse=True)
 def _the_same_chance_and_few_iterations(monkeypatch):
     monkeypatch.setattr(proven_norms.secrets, "randbits", lambda bits: 7)
-    monkeypatch.setattr("locallip.bound.question.ESTIMATE_ITERATIONS", 20)
+    monkeypatch.setattr("locallip.bound.inquiry.ESTIMATE_ITERATIONS", 20)
 
 
 def same(name, question, state):

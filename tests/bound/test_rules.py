@@ -701,7 +701,7 @@ def test_the_page_on_adding_a_layer_runs_as_it_stands(scratch_rules):
     namespace = {}
     for block in blocks:
         exec(block, namespace)
-    assert {namespace["Scale"], nn.ReLU6, nn.Hardsigmoid} <= set(rules._RULES)
+    assert {namespace["Scale"], namespace["Ramp"], namespace["SoftStep"]} <= set(rules._RULES)
 
 
 def test_a_rule_counts_for_its_very_type_only(scratch_rules):

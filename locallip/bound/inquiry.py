@@ -24,7 +24,7 @@ ESTIMATE_ITERATIONS = 1000
 
 
 @dataclass(frozen=True)
-class Question:
+class Inquiry:
     """What is asked of every piece of the images.
 
     Attributes:
@@ -63,25 +63,27 @@ def checked(model: nn.Module, x: Tensor, certificate: str | Norms, failure_proba
     refuse_probability(failure_probability)
     refuse_images(x, model, converted=certificate == "proven")
     graph = Graph.of(model, x)
+    if graph.classes < 1:
+        raise ValueError("the network gives no logits")
     graph.meanings(x, Arithmetic())
     return graph
 
 
 def prepare(
     model: nn.Module, graph: Graph, x: Tensor, certificate: str | Norms, failure_probability: float, radii: int = 1
-) -> Question:
+) -> Inquiry:
     """What a certificate of that name asks about checked images, good for so many radii."""
     at_a_time = images_at_a_time(graph, x)
     if certificate == "proven":
         graph = in_float64(model, x)
         # One more radius for the last layer's norms.
         norms = proven_norms(graph, x[:1].double(), len(x), failure_probability, radii + 1, kept=KEPT)
-        return Question(graph, norms.with_steps(LANCZOS_STEPS[-1]), torch.float64, at_a_time, fresh=True)
+        return Inquiry(graph, norms.with_steps(LANCZOS_STEPS[-1]), torch.float64, at_a_time, fresh=True)
     graph.refuse_if_unlike(model, x)
     if certificate == "estimate":
-        return Question(graph, PowerIteration(ESTIMATE_ITERATIONS), x.dtype, at_a_time, fresh=True)
+        return Inquiry(graph, PowerIteration(ESTIMATE_ITERATIONS), x.dtype, at_a_time, fresh=True)
     at_a_time = at_a_time if isinstance(certificate, ProvenNorms) else max(1, len(x))
-    return Question(graph, certificate, x.dtype, at_a_time, fresh=False)
+    return Inquiry(graph, certificate, x.dtype, at_a_time, fresh=False)
 
 
 def in_float64(model: nn.Module, x: Tensor) -> Graph:
