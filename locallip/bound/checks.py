@@ -101,8 +101,8 @@ def refuse_labels(y: Any, x: Tensor, classes: int) -> None:
     refuse_classes(classes)
     if not isinstance(y, Tensor):
         raise TypeError(f"need one label per image, (N,) int64, got {type(y).__name__}{_as_tensor('y', y)}")
-    if y.layout != torch.strided or y.is_nested or y.is_meta:
-        raise TypeError("need one label per image, (N,) int64, as a dense tensor, got a sparse, nested or meta one")
+    if y.layout != torch.strided or y.is_nested:
+        raise TypeError("need one label per image, (N,) int64, as a dense tensor, got a sparse or nested one")
     if y.dtype != torch.int64:
         raise TypeError(f"need one label per image, (N,) int64, got {y.dtype}: hand in y.long() if these are labels")
     if y.shape != (len(x),):
