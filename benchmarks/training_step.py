@@ -146,8 +146,7 @@ def _process_bytes(entry: str) -> int:
 def certified_seconds(bench: Bench, count: int) -> float:
     """Seconds per 1,000 images to certify a fresh network, at the radius at which the global bound just fails."""
     model, x = copy.deepcopy(bench.model).double().eval(), bench.images[:count].double()
-    norms = proven_norms(model, x, count)
-    norms.steps = 0
+    norms = proven_norms(model, x, count).with_steps(0)
     bound = propagate(model, x, 0.0, norms)
     y = bound.logits.argmax(dim=1)
     radius = 1.02 * global_radius(bound.logits, y, bound.last, bound.global_hidden_lipschitz)

@@ -1,6 +1,6 @@
 """Ball centre and box through a clipping activation, in one autograd function.
 
-Between two linear layers the walk of `local_bound` intersects two boxes, clips three tensors (for MaxMin it sorts pairs
+Between two linear layers the walk (`walk.py`) intersects two boxes, clips three tensors (for MaxMin it sorts pairs
 first), marks what can vary and takes middle and half-width: operation by operation some thirty passes over memory, on a
 CPU as expensive as the convolutions. In `fused_formulas` forward and backward pass are written out as plain tensor
 arithmetic, which saves nothing but its inputs. `compile_activations` has `torch.compile` make one pass over memory of

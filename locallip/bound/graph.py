@@ -67,8 +67,8 @@ class Graph:
         """The graph of a network; of a graph, itself.
 
         A Sequential whose layers all have rules and which ends in a Linear is read as it stands, and nothing is
-        computed. Any other network runs once, on three random images; keep its graph where it is asked often. The graph
-        holds the network's own weights, whatever becomes of them; numbers that the network takes out of tensors
+        computed. Any other network runs a few times, on random images; keep its graph where it is asked often. The
+        graph holds the network's own weights, whatever becomes of them; numbers that the network takes out of tensors
         (`.item()`), and tensors that it replaces, stay in it as they were.
 
         x: (N, ...) images, of which only shape, dtype and device count; needed where the network has to run.

@@ -17,6 +17,16 @@ def per_image(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
+def norm(x: Tensor) -> Tensor:
+    """||x|| of every image, as it comes: (N,)."""
+    return x.flatten(1).norm(dim=1)
+
+
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x where the mask is set, 0 elsewhere; None: set everywhere."""
+    return x if mask is None else torch.where(mask, x, 0)
+
+
 def unit(x: Tensor) -> tuple[Tensor, Tensor]:
     """x / ||x|| for every image, zero where ||x|| is zero, in place, and the lengths (N,). x: (N, ...)."""
     length = lengths(x)

@@ -60,7 +60,7 @@ def propagate(
         keep_layers: asks for `Bound.layers`, which takes the memory of all activations.
 
     Raises:
-        TypeError: names the first layer without a rule and its position; no layer is ever skipped. For what is no
+        TypeError: names all layers without a rule and their positions; no layer is ever skipped. For what is no
             network, no images or no epsilon (see `checks`).
         ValueError: for an epsilon that is negative, NaN or infinite, images of another shape, an x outside of `clip`, a
             `sparse_threshold` without a box, batch normalisation or dropout in training mode, or an activation whose

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from locallip.bound.tensors import per_image
+
 ATTACK_STEPS = 50
 # A hair inside the ball, so that rounding does not lead out of it.
 _INSIDE = 1 - 1e-6
@@ -61,12 +63,12 @@ def descend(
             found = margins(model(x + step), y)
             margin = found.amin(dim=1) if other is None else found.gather(1, other[:, None]).squeeze(1)
             lower = margin.detach() < lowest
-            best = torch.where(_like(lower, x), step.detach(), best)
+            best = torch.where(per_image(lower, x), step.detach(), best)
             lowest = torch.where(lower, margin.detach(), lowest)
             if number < steps:
                 (gradient,) = torch.autograd.grad(margin.sum(), step)
                 length = 2 * epsilon * (1 - number / steps) ** 1.5
-                step = inside(x, step.detach() - _unit(gradient) * _like(length, x), epsilon, clip)
+                step = inside(x, step.detach() - _unit(gradient) * per_image(length, x), epsilon, clip)
         return best
 
 
@@ -75,7 +77,7 @@ def inside(x: Tensor, step: Tensor, epsilon: Tensor, clip: Clip = None) -> Tenso
     if clip is not None:
         step = (x + step).clamp(*clip) - x
     length = step.flatten(1).norm(dim=1).clamp(min=torch.finfo(step.dtype).tiny)
-    return step * _like((epsilon * _INSIDE / length).clamp(max=1), step)
+    return step * per_image((epsilon * _INSIDE / length).clamp(max=1), step)
 
 
 def is_inside(x: Tensor, point: Tensor, epsilon: Tensor, clip: Clip = None) -> Tensor:
@@ -89,7 +91,7 @@ def random_steps(x: Tensor, epsilon: Tensor, generator: torch.Generator | None =
     device = x.device if generator is None else generator.device
     direction = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
     share = torch.rand(len(x), generator=generator, dtype=x.dtype, device=device).to(x.device)
-    return _unit(direction) * _like(share * epsilon, x)
+    return _unit(direction) * per_image(share * epsilon, x)
 
 
 def attack_slopes(hidden: nn.Sequential, x: Tensor, epsilon: float, steps: int, clip: Clip = None) -> Tensor:
@@ -110,9 +112,5 @@ def _unit(direction: Tensor) -> Tensor:
     """Directions (N, ...) of length 1; 0 stays 0."""
     # By the largest entry first, whose square is a number whatever the scale of the network.
     largest = direction.flatten(1).abs().amax(dim=1)
-    direction = direction / _like(torch.where(largest > 0, largest, 1), direction)
-    return direction / _like(direction.flatten(1).norm(dim=1).clamp(min=1), direction)
-
-
-def _like(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.dim() - 1))
+    direction = direction / per_image(torch.where(largest > 0, largest, 1), direction)
+    return direction / per_image(direction.flatten(1).norm(dim=1).clamp(min=1), direction)

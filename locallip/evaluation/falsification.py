@@ -16,14 +16,13 @@ from locallip.bound.dual.search import Tightest, tighten
 from locallip.bound.graph import Graph
 from locallip.bound.proof import LANCZOS_STEPS, proof_stages, prove
 from locallip.bound.proven_norms import ProvenNorms
-from locallip.bound.stages import ProductStage
+from locallip.bound.stages import ROUNDS, ProductStage
 from locallip.bound.walk import propagate
 from locallip.bound.worst_case import worst_logits
 from locallip.evaluation.attacks import Clip, attack_slopes, descend, is_inside, margins, random_steps
 
 # Images at a time in the search of the dual.
 _TOGETHER = 32
-_ROUNDS = 1000
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ class _Target:
         bound = propagate(exact, x, trial.epsilon, norms, trial.clip, keep_layers=True)
         at_x = margins(bound.logits, y)
         clean, other = at_x.min(dim=1)
-        worst = margins(worst_logits(bound, y, _ROUNDS), y).gather(1, other[:, None]).squeeze(1)
+        worst = margins(worst_logits(bound, y, ROUNDS), y).gather(1, other[:, None]).squeeze(1)
         chain = chain_of(bound, x, torch.full_like(clean, trial.epsilon), norms, trial.clip)
         if chain is None:
             return cls(bound, other, clean - worst, torch.full_like(clean, torch.nan), [])

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from locallip.bound.operators import Position
+
 
 class StoredVectors:
     """One singular vector per training image and layer, which warm-start the power iteration of the image's next visit.
@@ -28,7 +30,7 @@ class StoredVectors:
     def __init__(
         self,
         images: int,
-        shapes: Mapping[int | str, torch.Size],
+        shapes: Mapping[Position, torch.Size],
         device: torch.device,
         seed: int = 0,
         host_memory: int | None = None,
@@ -50,14 +52,14 @@ class StoredVectors:
     def _fits(self, device: torch.device) -> bool:
         return device.type != "cuda" or self.bytes <= torch.cuda.mem_get_info(device)[0] / 2
 
-    def read(self, indices: Tensor) -> dict[int | str, Tensor]:
+    def read(self, indices: Tensor) -> dict[Position, Tensor]:
         """Start vectors (B, *shape) in float32 of the images at `indices`, by position."""
         rows = indices.to(self.device)
         read = {p: vectors[rows].to(self._used_on).float() for p, vectors in self._vectors.items()}
         # A little of everything: a part of the layer that was masked out at the last visit may have come back since.
         return {p: vectors + 1e-3 / vectors[0].numel() ** 0.5 for p, vectors in read.items()}
 
-    def write(self, indices: Tensor, vectors: Mapping[int | str, Tensor]) -> None:
+    def write(self, indices: Tensor, vectors: Mapping[Position, Tensor]) -> None:
         """Keep what the iteration has come to for the images at `indices`."""
         rows = indices.to(self.device)
         for position, kept in self._vectors.items():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from locallip.bound.dual.maxima import clamp
+from locallip.bound.tensors import norm, per_image
 
 
 @dataclass
@@ -34,27 +35,27 @@ class InputTerm:
 
 def in_ball(a: Tensor, c: Tensor, nu: Tensor, epsilon: Tensor) -> InputTerm:
     """The term over all steps no longer than epsilon. a, c: (P, ...); nu, epsilon: (P,)."""
-    pull = a - _like(nu, a) * c
-    length = _norm(pull)
-    fixed = nu / 2 * (epsilon**2 + _norm(c) ** 2)
-    step = pull * _like(torch.where(length > 0, epsilon / length, 0), a)
-    size = fixed + epsilon * (_norm(a) + nu * _norm(c))
+    pull = a - per_image(nu, a) * c
+    length = norm(pull)
+    fixed = nu / 2 * (epsilon**2 + norm(c) ** 2)
+    step = pull * per_image(torch.where(length > 0, epsilon / length, 0), a)
+    size = fixed + epsilon * (norm(a) + nu * norm(c))
     return InputTerm(fixed + epsilon * length, step, size)
 
 
 def in_box(a: Tensor, c: Tensor, nu: Tensor, epsilon: Tensor, lo: Tensor, hi: Tensor, halvings: int = 60) -> InputTerm:
     """The term over those that also keep lo <= step <= hi, where lo <= 0 <= hi; (P, ...) both."""
-    pull = a - _like(nu, a) * c
+    pull = a - per_image(nu, a) * c
     longest = torch.maximum(lo.abs(), hi.abs())
-    least, most = torch.zeros_like(nu), nu + _norm(pull) / epsilon
+    least, most = torch.zeros_like(nu), nu + norm(pull) / epsilon
     for _ in range(halvings):
         lam = (least + most) / 2
-        step, _ = _best_in_box(pull, _like(nu - lam, a), lo, hi)
-        too_long = _norm(step) > epsilon
+        step, _ = _best_in_box(pull, per_image(nu - lam, a), lo, hi)
+        too_long = norm(step) > epsilon
         least, most = torch.where(too_long, lam, least), torch.where(too_long, most, lam)
-    step, gain = _best_in_box(pull, _like(nu - most, a), lo, hi)
-    fixed = most / 2 * epsilon**2 + nu / 2 * _norm(c) ** 2
-    sizes = (a.abs() + _like(nu, a) * c.abs()) * longest + _like(nu + most, a) * longest**2
+    step, gain = _best_in_box(pull, per_image(nu - most, a), lo, hi)
+    fixed = most / 2 * epsilon**2 + nu / 2 * norm(c) ** 2
+    sizes = (a.abs() + per_image(nu, a) * c.abs()) * longest + per_image(nu + most, a) * longest**2
     return InputTerm(fixed + gain.flatten(1).sum(dim=1), step, fixed + sizes.flatten(1).sum(dim=1))
 
 
@@ -66,11 +67,3 @@ def _best_in_box(pull: Tensor, curvature: Tensor, lo: Tensor, hi: Tensor) -> tup
         at_end = end * (pull + curvature / 2 * end)
         step, value = torch.where(at_end > value, end, step), torch.maximum(value, at_end)
     return step, value
-
-
-def _norm(x: Tensor) -> Tensor:
-    return x.flatten(1).norm(dim=1)
-
-
-def _like(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.dim() - 1))

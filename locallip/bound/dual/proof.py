@@ -32,6 +32,7 @@ from torch import Tensor
 from locallip.bound.dual.chain import Chain, Hidden
 from locallip.bound.dual.value import Evaluation, Multipliers, evaluate
 from locallip.bound.operators import LinearOperator
+from locallip.bound.tensors import norm
 
 _ROUNDOFF = 2.0**-53
 _LARGEST, _SMALLEST = 1e90, 1e-90
@@ -68,9 +69,9 @@ def proven_margin(
     for number, layer in enumerate(chain.hidden):
         off = off + _off_in_layer(number, layer, multipliers, found.mu[:, number], missed, reach)
     last = values[-1].flatten(1)
-    off = off + _norm(slope) * (2 * _ROUNDOFF * reach[-1] + _activation_error(chain.hidden[-1]))
+    off = off + norm(slope) * (2 * _ROUNDOFF * reach[-1] + _activation_error(chain.hidden[-1]))
     biases = chain.bias[other].abs() + chain.bias[y].abs()
-    off = off + _gamma(slope.shape[1]) * (_norm(slope) * _norm(last) + biases)
+    off = off + _gamma(slope.shape[1]) * (norm(slope) * norm(last) + biases)
     drop = found.value + (slope * last).sum(dim=1) + offset
     margin = -drop - (off * (1 + 1e-6) + _SMALLEST) - besides
     return torch.where(_in_range(chain, multipliers, found, values) & ~margin.isnan(), margin, -torch.inf)
@@ -96,9 +97,9 @@ def _forward(chain: Chain) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     for layer in chain.hidden:
         operator = layer.operator
         inputs = values[-1].reshape(-1, *operator.input_shape)
-        seen = _norm(operator.affine(inputs).reshape(layer.center.shape) - layer.center)
-        sums = layer.absolute * _norm(inputs) + _bias_size(operator)
-        fresh = _gamma(operator.terms[0]) * (sums + _norm(layer.center)) + layer.absolute * before
+        seen = norm(operator.affine(inputs).reshape(layer.center.shape) - layer.center)
+        sums = layer.absolute * norm(inputs) + _bias_size(operator)
+        fresh = _gamma(operator.terms[0]) * (sums + norm(layer.center)) + layer.absolute * before
         missed.append((seen + fresh) * (1 + 1e-6))
         reach.append((layer.norm * reach[-1] + missed[-1]) * (1 + 1e-6))
         before = _activation_error(layer)
@@ -110,7 +111,7 @@ def _off_in_layer(
     number: int, layer: Hidden, multipliers: Multipliers, mu: Tensor, missed: list[Tensor], reach: list[Tensor]
 ) -> Tensor:
     """What the layer's computed a, t and centre cost: (P,), see the head of this module."""
-    g, c = _norm(multipliers.g[number]), _norm(multipliers.c[number])
+    g, c = norm(multipliers.g[number]), norm(multipliers.c[number])
     terms, adjoint_terms = layer.operator.terms
     r = _gamma(adjoint_terms) * layer.absolute * g
     rho = _gamma(terms) * layer.absolute * c + missed[number]
@@ -121,7 +122,7 @@ def _in_range(chain: Chain, multipliers: Multipliers, found: Evaluation, values:
     """(P,) bool: nothing is too large or too small for the model of rounding; a NaN is."""
     fits = torch.ones_like(chain.epsilon, dtype=torch.bool)
     for x in (*multipliers.g, *multipliers.c, *found.a, *found.t, *values, *(layer.center for layer in chain.hidden)):
-        fits &= _norm(x) < _LARGEST
+        fits &= norm(x) < _LARGEST
     for layer in chain.hidden:
         fits &= (layer.absolute < _LARGEST) & (layer.norm >= 0) & (layer.norm < _LARGEST)
     for number, mu in enumerate(found.mu.unbind(dim=1)):
@@ -144,8 +145,4 @@ def _bias_size(operator: LinearOperator) -> Tensor:
 def _activation_error(layer: Hidden) -> Tensor:
     """By how much the activation's values at the centre can be off, in L2: (P,)."""
     activation, entries = layer.activation, layer.center[0].numel()
-    return activation.rounds * 2 * _ROUNDOFF * _norm(layer.center) + activation.rounding * entries**0.5 * (1 + 1e-6)
-
-
-def _norm(x: Tensor) -> Tensor:
-    return x.flatten(1).norm(dim=1)
+    return activation.rounds * 2 * _ROUNDOFF * norm(layer.center) + activation.rounding * entries**0.5 * (1 + 1e-6)

@@ -16,6 +16,7 @@ from torch import Tensor
 from locallip.bound.dual.chain import Chain, single
 from locallip.bound.dual.start import attack, first_guess
 from locallip.bound.dual.value import Evaluation, Multipliers, evaluate, gradient
+from locallip.bound.tensors import per_image
 
 # Steps of Adam relative to the root mean square of g and c, and of log delta.
 _RATES = {"g": 0.05, "delta": 0.2, "c": 0.06}
@@ -78,7 +79,7 @@ def search(chain: Chain, slope: Tensor, margin: Tensor, iterations: int = 60, at
         step=step.double() * scale.values[0],
         bound=torch.full_like(drop, torch.inf),
         done=torch.zeros_like(drop, dtype=torch.bool),
-        iterations=torch.zeros_like(asked.new_zeros(len(drop))),
+        iterations=asked.new_zeros(len(drop)),
         multipliers=None,
     )
     kept: list[tuple[Tensor, Multipliers]] = []
@@ -157,7 +158,7 @@ class _Descent:
         gradients = gradient(self.chain, self.multipliers, found)
         factor = (1 + math.cos(math.pi * number / iterations)) / 2
         moves = [
-            _adam(moments, part, number) * _like(factor * rate, part)
+            _adam(moments, part, number) * per_image(factor * rate, part)
             for moments, part, rate in zip(self._moments, [*gradients.g, gradients.delta, *gradients.c], self._rates)
         ]
         layers = len(gradients.g)
@@ -199,7 +200,3 @@ def _typical(x: Tensor, otherwise: Tensor) -> Tensor:
     x = x.flatten(1)
     mean = x.norm(dim=1) / (x != 0).sum(dim=1).clamp(min=1).to(x.dtype).sqrt()
     return torch.where(mean > 0, mean, otherwise / x.shape[1] ** 0.5)
-
-
-def _like(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.dim() - 1))

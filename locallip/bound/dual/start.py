@@ -7,6 +7,7 @@ from torch import Tensor
 
 from locallip.bound.dual.chain import Chain
 from locallip.bound.dual.value import Multipliers, back, through
+from locallip.bound.tensors import masked, norm, per_image
 
 # How the free part of the penalty is shared out: every layer gets so many times what the one before it gets.
 _GROWTH = 1.7
@@ -46,15 +47,15 @@ def attack(chain: Chain, slope: Tensor, iterations: int) -> tuple[Tensor, Tensor
         steps, changes = trajectory(chain, step)
         gain = (slope * changes[-1].flatten(1)).sum(dim=1)
         better = gain > most
-        best, most = torch.where(_like(better, step), step, best), torch.where(better, gain, most)
+        best, most = torch.where(per_image(better, step), step, best), torch.where(better, gain, most)
         if number == iterations:
             return best, most
         _, grad = backward(chain, slope, steps, step)
-        stuck = _norm(grad) == 0
+        stuck = norm(grad) == 0
         if stuck.any():
-            grad = torch.where(_like(stuck, grad), _linear_gradient(chain, slope, step), grad)
+            grad = torch.where(per_image(stuck, grad), _linear_gradient(chain, slope, step), grad)
         length = 2 * chain.epsilon * (1 - number / iterations) ** 1.5
-        step = _inside(chain, step + grad * _like(length / _norm(grad).clamp(min=1e-30), grad))
+        step = _inside(chain, step + grad * per_image(length / norm(grad).clamp(min=1e-30), grad))
     return best, most
 
 
@@ -69,31 +70,19 @@ def _linear_gradient(chain: Chain, slope: Tensor, inputs: Tensor) -> Tensor:
 def _inside(chain: Chain, step: Tensor) -> Tensor:
     if chain.lo is not None:
         step = torch.minimum(torch.maximum(step, chain.lo), chain.hi)
-    scale = (chain.epsilon / _norm(step).clamp(min=1e-30)).clamp(max=1)
-    return step * _like(scale, step)
+    scale = (chain.epsilon / norm(step).clamp(min=1e-30)).clamp(max=1)
+    return step * per_image(scale, step)
 
 
 def first_guess(chain: Chain, slope: Tensor, step: Tensor) -> Multipliers:
     """Multipliers from the end point of an attack: its trajectory, the gradient there, and shares of the penalty."""
     steps, changes = trajectory(chain, step)
     g, at_input = backward(chain, slope, steps, step)
-    g = [_masked(x, layer.rows) * _SHRINKING["g"] ** place for place, (x, layer) in enumerate(zip(g, chain.hidden))]
+    g = [masked(x, layer.rows) * _SHRINKING["g"] ** place for place, (x, layer) in enumerate(zip(g, chain.hidden))]
     masks = chain.reference_masks()
-    c = [_masked(x, mask) * _SHRINKING["c"] ** place for place, (x, mask) in enumerate(zip(changes, masks))]
+    c = [masked(x, mask) * _SHRINKING["c"] ** place for place, (x, mask) in enumerate(zip(changes, masks))]
     shares = torch.tensor([_GROWTH**number for number in range(len(g))], dtype=slope.dtype, device=slope.device)
     norms = torch.stack([layer.norm for layer in chain.hidden], dim=1).clamp(min=1e-3)
-    free = _FREE * _norm(at_input).clamp(min=1e-6) / chain.epsilon
+    free = _FREE * norm(at_input).clamp(min=1e-6) / chain.epsilon
     delta = free[:, None] * shares / shares.sum() / norms.cumprod(dim=1) ** 2
     return Multipliers(g, delta, c)
-
-
-def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else torch.where(mask, x, 0)
-
-
-def _norm(x: Tensor) -> Tensor:
-    return x.flatten(1).norm(dim=1)
-
-
-def _like(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.dim() - 1))

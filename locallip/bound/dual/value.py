@@ -10,6 +10,7 @@ from torch import Tensor
 from locallip.bound.dual.chain import Chain, Scale
 from locallip.bound.dual.inputs import in_ball, in_box
 from locallip.bound.dual.maxima import Terms
+from locallip.bound.tensors import masked, per_image
 
 
 @dataclass
@@ -72,7 +73,7 @@ def evaluate(chain: Chain, slope: Tensor, multipliers: Multipliers, roundoff: fl
     g, c = multipliers.g, multipliers.c
     mu, nu = penalties(chain, multipliers.delta)
     a = [_reshaped(back(layer, g), c) for layer, g, c in zip(chain.hidden, g, c)]
-    t = [_masked(through(layer, c), layer.rows) for layer, c in zip(chain.hidden, c)]
+    t = [masked(through(layer, c), layer.rows) for layer, c in zip(chain.hidden, c)]
     halvings = 60 if slope.dtype == torch.float64 else 20
     bottom = (a[0], c[0], nu[:, 0], chain.epsilon)
     term = in_ball(*bottom) if chain.lo is None else in_box(*bottom, chain.lo, chain.hi, halvings)
@@ -84,15 +85,15 @@ def evaluate(chain: Chain, slope: Tensor, multipliers: Multipliers, roundoff: fl
         # The last layer sees the hidden layer before it flattened.
         behind = slope.reshape(layer.center.shape) if is_last else a[number + 1]
         reference = torch.zeros_like(behind) if is_last else c[number + 1]
-        weights = (_like(own_mu, reference), _like(own_nu, reference))
+        weights = (per_image(own_mu, reference), per_image(own_nu, reference))
         terms = Terms(layer.center, behind, g[number], t[number], reference, *weights, layer.lo, layer.hi)
         best = layer.activation.maximum(terms, roundoff)
-        gains = _masked(best.value, layer.rows)
+        gains = masked(best.value, layer.rows)
         before, after = own_mu / 2 * _square(t[number]), own_nu / 2 * _square(reference)
         value = value + (_total(gains) + after - before)
         size = size + (_total(gains.abs()) + after + before)
-        steps.append(_masked(best.step, layer.rows))
-        changes.append(_masked(best.change, layer.rows))
+        steps.append(masked(best.step, layer.rows))
+        changes.append(masked(best.change, layer.rows))
     return Evaluation(value, size, mu, nu, a, t, steps, changes[:-1])
 
 
@@ -118,11 +119,11 @@ def gradient(chain: Chain, multipliers: Multipliers, found: Evaluation) -> Multi
     for number, layer in enumerate(chain.hidden):
         change, reference = found.changes[number], multipliers.c[number]
         step, mask = found.steps[number], None if number == 0 else chain.hidden[number - 1].columns
-        by_g.append(_masked(through(layer, change), layer.rows) - step)
+        by_g.append(masked(through(layer, change), layer.rows) - step)
         off = step - found.t[number]
         missed = change - reference
-        returned = _reshaped(back(layer, off * _like(found.mu[:, number], off)), reference)
-        by_c.append(_masked(returned - missed * _like(found.nu[:, number], missed), mask))
+        returned = _reshaped(back(layer, off * per_image(found.mu[:, number], off)), reference)
+        by_c.append(masked(returned - missed * per_image(found.nu[:, number], missed), mask))
         by_nu = by_nu + _square(missed) / 2
         by_nu = layer.norm**2 * by_nu - _square(off) / 2
         by_mu.append(by_nu)
@@ -141,14 +142,6 @@ def back(layer, g: Tensor) -> Tensor:  # noqa: ANN001
 
 def _reshaped(x: Tensor, like: Tensor) -> Tensor:
     return x.reshape(like.shape)
-
-
-def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else torch.where(mask, x, 0)
-
-
-def _like(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.dim() - 1))
 
 
 def _total(x: Tensor) -> Tensor:
