@@ -157,7 +157,7 @@ def select_model(
     return nn.Sequential(*layers)
 
 
-# --- hyper-parameters ------------------------------------------------------------------------------------------------
+# --- flags -----------------------------------------------------------------------------------------------------------
 
 
 def add_common_flags(parser: argparse.ArgumentParser, data_sets: Sequence[str]) -> None:
@@ -203,51 +203,31 @@ def training_arguments(
     """
     parser = ArgumentParser(description)
     add_common_flags(parser, data_sets)
-    flag = parser.add_argument
+    for title, add_flags in _TRAINING_FLAGS.items():
+        add_flags(parser.add_argument_group(title))
+    parser.set_defaults(**defaults)
+    return _settled(parser.parse_args(command_line), defaults)
+
+
+def _file_flags(group: argparse._ArgumentGroup) -> None:
+    flag = group.add_argument
     flag("--prefix", type=path, help="names the run's files, below --output_dir; default: DATA_MODEL")
     flag("--output_dir", type=path, default="runs", help="folder of checkpoints and logs")
     flag("--resume", action="store_true", help="go on from the run's last checkpoint")
     flag("--overwrite", action="store_true", help="start afresh even if the prefix has a run already")
     start_from = "begin with the weights of this file; all else, such as the schedule, is a new run's"
     flag("--start_from", type=path, metavar="CHECKPOINT", help=start_from)
+
+
+def _schedule_flags(group: argparse._ArgumentGroup) -> None:
+    flag = group.add_argument
     flag("--epochs", type=positive_int, help="length of the training")
+    flag("--scale", type=scale, default=1.0, help="shorten (or stretch) the whole schedule, whatever is in epochs")
     flag("--warmup", type=natural_int, help="epochs at epsilon 0, with the clean loss only")
     flag("--rampup", type=natural_int, help="epochs in which epsilon rises and kappa falls, after the warm-up")
-    flag("--scale", type=scale, default=1.0, help="shorten (or stretch) the whole schedule, whatever is in epochs")
-    epsilon = "L2 radius of validation, in pixel space (pixels in [0, 1]); default: the paper's for the data set"
-    flag("--epsilon", type=natural_float, help=epsilon)
     flag("--epsilon_train", type=natural_float, help="L2 radius at the end of the ramp-up")
     ramp = f"how the radius rises: linearly from 0, or from {LOG_START} on a logarithmic scale"
     flag("--epsilon_schedule", choices=list(RADII), default="linear", help=ramp)
-    losses = parser.add_mutually_exclusive_group()
-    names = "what is minimised; docs/training.md has the formulas and their sources"
-    losses.add_argument("--loss", choices=list(LOSSES), default="bcp", help=names)
-    losses.add_argument("--gloro", dest="loss", action="store_const", const="gloro", help="short for --loss gloro")
-    weights = ", ".join(f"{loss.weight:g} for {name}" for name, loss in LOSSES.items() if loss.weight is not None)
-    weight = f"of the loss's second term, the slack of cll; default: {weights}"
-    flag("--loss_weight", type=positive_float, help=weight)
-    flag("--sniter", type=positive_int, help="power iterations per training step")
-    ascends = "norms of the training by steepest ascent in place of power iteration: as many products, less lag"
-    flag("--ascend", action="store_true", help=ascends)
-    indices = "positions of the layers that train with local norms, e.g. 0,6,12; the others have global ones"
-    flag("--indices", type=positions, help=f"{indices}; default: all are local")
-    alone = "first so many epochs with the ball alone: no box, global norms, a fraction of the time (GloRo's bound)"
-    flag("--global_epochs", type=natural_int, default=0, help=alone)
-    flag("--sparse", type=natural_float, default=0.0, help="weight of the sparsity loss")
-    flag("--sp_thres", type=natural_float, default=0.1, help="its weight for thresholds of clipped ReLU, beside 0")
-    flag("--test_sniter", type=positive_int, default=20, help="power iterations per validated batch")
-    flag("--opt_iter", type=positive_int, default=1, help="rounds of pinning for the worst-case logits")
-    flag("--test_opt_iter", type=positive_int, default=1000, help="the same in validation")
-    flag("--init", type=natural_float, help="start value of the thresholds of clipped ReLU")
-    orthogonal = "start hidden layers with orthogonal weights of spectral norm about 1, not with the published ones"
-    flag("--orthogonal", action="store_true", help=orthogonal)
-    flag("--batch_size", type=positive_int, default=256, help="images per step and process")
-    compiles = (
-        "compile element-wise work, which takes up to a minute and a C++ compiler; auto: if the run is long enough"
-    )
-    flag("--compile", choices=["auto", "yes", "no"], default="auto", help=compiles)
-    rounds = "convolutions of the training in bfloat16, where the device has fast ones; validation stays in float32"
-    flag("--bfloat16", action="store_true", help=rounds)
     flag("--lr", type=positive_float, help="learning rate of Adam")
     flag("--end_lr", type=positive_float, help="learning rate of the last epoch")
     shape = "constant, then exponential to end_lr; constant; or, step by step, linear or half a cosine to end_lr"
@@ -256,19 +236,77 @@ def training_arguments(
     flag("--lr_warmup", type=natural_float, default=0.0, help=rise)
     more = "epochs of constant learning rate beyond half of all; default: 25 of the published number, in proportion"
     flag("--more", type=natural_int, help=more)
-    average = "decay of a moving average of the weights, which is validated beside them; the better of both is kept"
-    flag("--ema", type=probability, help=f"{average}; default: none")
+    alone = "first so many epochs with the ball alone: no box, global norms, a fraction of the time (GloRo's bound)"
+    flag("--global_epochs", type=natural_int, default=0, help=alone)
     flag("--no_augmentation", action="store_true", help="no random crops and flips (digits never have any)")
     last = "last so many epochs without random crops and flips"
     flag("--unaugmented_epochs", type=natural_int, default=0, help=last)
-    val_split = "training images held out to pick the best epoch on; 0: the test set picks, as in the paper"
-    flag("--val_split", type=natural_int, default=0, help=val_split)
+
+
+def _loss_flags(group: argparse._ArgumentGroup) -> None:
+    flag, losses = group.add_argument, group.add_mutually_exclusive_group()
+    names = "what is minimised; docs/training.md has the formulas and their sources"
+    losses.add_argument("--loss", choices=list(LOSSES), default="bcp", help=names)
+    losses.add_argument("--gloro", dest="loss", action="store_const", const="gloro", help="short for --loss gloro")
+    weights = ", ".join(f"{loss.weight:g} for {name}" for name, loss in LOSSES.items() if loss.weight is not None)
+    weight = f"of the loss's second term, the slack of cll; default: {weights}"
+    flag("--loss_weight", type=positive_float, help=weight)
+    flag("--opt_iter", type=positive_int, default=1, help="rounds of pinning for the worst-case logits")
+    flag("--sparse", type=natural_float, default=0.0, help="weight of the sparsity loss")
+    flag("--sp_thres", type=natural_float, default=0.1, help="its weight for thresholds of clipped ReLU, beside 0")
+
+
+def _norm_flags(group: argparse._ArgumentGroup) -> None:
+    flag = group.add_argument
+    flag("--sniter", type=positive_int, help="power iterations per training step")
+    ascends = "norms of the training by steepest ascent in place of power iteration: as many products, less lag"
+    flag("--ascend", action="store_true", help=ascends)
+    indices = "positions of the layers that train with local norms, e.g. 0,6,12; the others have global ones"
+    flag("--indices", type=positions, help=f"{indices}; default: all are local")
+
+
+def _step_flags(group: argparse._ArgumentGroup) -> None:
+    flag = group.add_argument
+    flag("--init", type=natural_float, help="start value of the thresholds of clipped ReLU")
+    orthogonal = "start hidden layers with orthogonal weights of spectral norm about 1, not with the published ones"
+    flag("--orthogonal", action="store_true", help=orthogonal)
+    average = "decay of a moving average of the weights, which is validated beside them; the better of both is kept"
+    flag("--ema", type=probability, help=f"{average}; default: none")
+    flag("--batch_size", type=positive_int, default=256, help="images per step and process")
+    compiles = (
+        "compile element-wise work, which takes up to a minute and a C++ compiler; auto: if the run is long enough"
+    )
+    flag("--compile", choices=["auto", "yes", "no"], default="auto", help=compiles)
+    rounds = "convolutions of the training in bfloat16, where the device has fast ones; validation stays in float32"
+    flag("--bfloat16", action="store_true", help=rounds)
     ddp = (
         "averages the gradients of several processes: PyTorch's DistributedDataParallel (auto, torch) or NVIDIA apex's"
     )
     flag("--ddp", choices=["auto", "torch", "apex"], default="auto", help=ddp)
-    parser.set_defaults(**defaults)
-    args = parser.parse_args(command_line)
+
+
+def _validation_flags(group: argparse._ArgumentGroup) -> None:
+    flag = group.add_argument
+    val_split = "training images held out to pick the best epoch on; 0: the test set picks, as in the paper"
+    flag("--val_split", type=natural_int, default=0, help=val_split)
+    epsilon = "L2 radius of validation, in pixel space (pixels in [0, 1]); default: the paper's for the data set"
+    flag("--epsilon", type=natural_float, help=epsilon)
+    flag("--test_sniter", type=positive_int, default=20, help="power iterations per validated batch")
+    flag("--test_opt_iter", type=positive_int, default=1000, help="rounds of pinning in validation")
+
+
+_TRAINING_FLAGS = {
+    "files": _file_flags,
+    "schedule": _schedule_flags,
+    "loss": _loss_flags,
+    "norms": _norm_flags,
+    "network and step": _step_flags,
+    "validation, after every epoch": _validation_flags,
+}
+
+
+def _settled(args: argparse.Namespace, defaults: Mapping[str, Any]) -> argparse.Namespace:
+    """The arguments with what depends on others filled in, and scaled."""
     if args.resume and args.overwrite:
         raise InputError("--resume and --overwrite exclude each other")
     if args.resume and args.start_from:
@@ -278,13 +316,13 @@ def training_arguments(
         args.epsilon = DATA_SETS[args.data].epsilon
     if args.more is None:
         args.more = round(25 * args.epochs / defaults["epochs"])
-    published = args.epochs
+    args.loss_weight = choose_weight(args.loss, args.loss_weight, args.epsilon_train)
+    whole = args.epochs
     for name in ("epochs", "warmup", "rampup", "more", "global_epochs", "unaugmented_epochs"):
         setattr(args, name, round(getattr(args, name) * args.scale))
-    if args.epochs < 1:
-        raise InputError(f"--scale {args.scale:g} leaves none of {published} epochs; give a larger one")
-    args.loss_weight = choose_weight(args.loss, args.loss_weight, args.epsilon_train)
     args.lr_warmup *= args.scale
+    if args.epochs < 1:
+        raise InputError(f"--scale {args.scale:g} leaves none of {whole} epochs; give a larger one")
     if args.lr_warmup >= args.epochs:
         raise InputError(f"--lr_warmup {args.lr_warmup:g} leaves none of {args.epochs} epochs; lower it")
     if args.epochs < args.warmup + args.rampup:

@@ -48,13 +48,13 @@ class Loss:
     Attributes:
         compute: the mean over the images of a situation.
         weight: default of --loss_weight, the number that the loss leaves to choose; None: there is none.
-        largest_weight: the number has to be smaller.
+        weight_below: the number has to be smaller than this.
         needs_radius: whether the radius that epsilon rises to must not be 0.
     """
 
     compute: Callable[[Situation], Tensor]
     weight: float | None = None
-    largest_weight: float = float("inf")
+    weight_below: float = float("inf")
     needs_radius: bool = False
 
 
@@ -72,7 +72,7 @@ LOSSES = {
     "gloro": Loss(lambda s: gloro_loss(s.logits, s.worst, s.y)),
     "gloro-kl": Loss(lambda s: gloro_kl_loss(s.logits, s.worst, s.y, s.weight), weight=1.5),
     "margin": Loss(_margin, weight=66.0, needs_radius=True),
-    "cll": Loss(_cll, weight=0.3, largest_weight=1.0, needs_radius=True),
+    "cll": Loss(_cll, weight=0.3, weight_below=1.0, needs_radius=True),
     "emma": Loss(lambda s: emma_loss(s.logits, s.worst, s.y)),
 }
 
@@ -93,6 +93,6 @@ def choose_weight(name: str, weight: float | None, radius: float) -> float | Non
     if loss.weight is None:
         weighted = ", ".join(name for name, loss in LOSSES.items() if loss.weight is not None)
         raise InputError(f"--loss {name} has no --loss_weight; those that have one are {weighted}")
-    if weight >= loss.largest_weight:
-        raise InputError(f"--loss_weight of --loss {name} must be smaller than {loss.largest_weight:g}, got {weight:g}")
+    if weight >= loss.weight_below:
+        raise InputError(f"--loss_weight of --loss {name} must be smaller than {loss.weight_below:g}, got {weight:g}")
     return weight
