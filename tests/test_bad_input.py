@@ -104,7 +104,7 @@ BAD_TRAINING_FLAGS = [
     (["--epochs", "1.5"], "must be a whole number, got '1.5'"),
     (["--epochs", "10"], "--epochs 10 is less than warm-up and ramp-up"),  # than the default ramp-up
     (["--epochs", "10", "--warmup", "6", "--rampup", "5"], "--epochs 10 is less than warm-up and ramp-up"),
-    (["--scale", "0.001"], "is less than warm-up and ramp-up"),
+    (["--scale", "0.001"], "--scale 0.001 leaves none of 300 epochs"),
     (["--scale", "nan"], "--scale"),
     (["--scale", "1e307"], "--scale"),
     (["--prefix", "/"], "--prefix"),

@@ -107,7 +107,7 @@ def test_the_loss_of_a_run_from_before_there_was_a_choice_is_known(runs, gloro):
 
 def test_a_refused_resume_names_the_run_to_begin_instead(runs):
     checkpoint = runs.train("--epochs", 1, "--rampup", 0).checkpoint
-    with pytest.raises(InputError, match=f"another --prefix --start_from {checkpoint}$"):
+    with pytest.raises(InputError, match=f"another --prefix, with --start_from {checkpoint}$"):
         runs.train("--epochs", 2, "--rampup", 0, "--resume")
     with pytest.raises(InputError, match=r"another --prefix$"):  # the weights would not fit
         runs.train("--epochs", 1, "--rampup", 0, "--width", 0.1, "--resume")
