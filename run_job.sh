@@ -27,7 +27,7 @@ set_up() {
     echo "$wanted" >"$folder/requirements.cksum"
 }
 
-jobs() {
+list_jobs() {
     cat <<END
 Usage: bash run_job.sh JOB [ARGUMENTS ...]
 
@@ -46,7 +46,7 @@ Usage: bash run_job.sh JOB [ARGUMENTS ...]
   pretrained/..., see --saved_model; reports go to results/JOB/; --certificate estimate is the paper's protocol,
   both takes one attack for it and the proof):
 
-$(runs)
+$(recipes)
 
 Tiny ImageNet runs in 4 processes, one per GPU: \`PROCESSES=2 bash run_job.sh ...\` makes that 2.
 Extra arguments go to the script behind the job: \`bash run_job.sh mnist-4c3f --scale 0.05 --device cpu\`.
@@ -56,11 +56,11 @@ END
 need_prefix() { [[ ${1:--} != -* ]] || { echo "error: '$job' needs the prefix of a checkpoint" >&2; exit 2; }; }
 
 # A run is a record in runs.py, which needs no packages: any python3 reads it, before there is a .venv.
-runs() { "$(command -v python3 || echo "${PYTHON:-python3}")" runs.py "$@"; }
+recipes() { "$(command -v python3 || echo "${PYTHON:-python3}")" runs.py "$@"; }
 
-run() {
+run_recipe() {
     local line
-    line=$(runs command "$job" "$@")
+    line=$(recipes command "$job" "$@")
     set_up
     eval "\"\$PYTHON\" $line"
 }
@@ -72,7 +72,7 @@ demo() {
     "$PYTHON" evaluate.py --data digits --width 0.25 --epsilon 0.5 --saved_model "$run/digits" --out "$run" --overwrite
 }
 
-[ $# -gt 0 ] || { jobs; exit 0; }
+[ $# -gt 0 ] || { list_jobs; exit 0; }
 job=$1
 shift
 case $job in
@@ -96,6 +96,6 @@ case $job in
         "$PYTHON" benchmarks/rivals.py "$@" ;;
     table) set_up; "$PYTHON" table.py "$@" ;;
     tinyimagenet-data) fetch=$PWD/TinyImagenet/data/tinyimagenet.sh; cd "$called_from"; bash "$fetch" "$@" ;;
-    help | -h | --help) jobs ;;
-    *) run "$@" ;;
+    help | -h | --help) list_jobs ;;
+    *) run_recipe "$@" ;;
 esac

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from locallip.bound.checks import first_weight, refuse_clip, refuse_epsilon, refuse_labels, refuse_whole_number
 from locallip.bound.inquiry import checked, in_float64
 from locallip.bound.kept_norms import KEPT
+from locallip.bound.pieces import new_bar
 from locallip.bound.proof import Proof, decide, proof_stages, proven_norms, refuse_effort
 from locallip.bound.proven_norms import ProvenNorms
 from locallip.bound.stages import Answer, Carried, DualStage, Question, Stage
@@ -264,14 +265,9 @@ def _bar(images: int, progress: bool) -> Iterator[Callable[[Verification], None]
     if not progress:
         yield lambda part: None
         return
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise ImportError("progress=True needs tqdm (pip install tqdm)") from None
     counts = dict.fromkeys(STATUSES, 0)
     # Without a rate, so that 80 columns hold the counts.
-    shown = "{n_fmt}/{total_fmt} images, {elapsed}{postfix}"
-    with tqdm(total=images, bar_format=shown, dynamic_ncols=True) as bar:
+    with new_bar(images, bar_format="{n_fmt}/{total_fmt} images, {elapsed}{postfix}") as bar:
 
         def show(part: Verification) -> None:
             for status, count in part.counts.items():

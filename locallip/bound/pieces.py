@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,9 +53,18 @@ def _bar(images: int, progress: bool) -> Iterator[Callable[[int], object]]:
     if not progress:
         yield lambda images: None
         return
+    with new_bar(images, unit="image") as bar:
+        yield bar.update
+
+
+def new_bar(images: int, **looks: str) -> Any:
+    """A tqdm bar over so many images.
+
+    Raises:
+        ImportError: without tqdm.
+    """
     try:
         from tqdm import tqdm
     except ImportError:
         raise ImportError("progress=True needs tqdm (pip install tqdm)") from None
-    with tqdm(total=images, unit="image", dynamic_ncols=True) as bar:
-        yield bar.update
+    return tqdm(total=images, dynamic_ncols=True, **looks)

@@ -15,8 +15,6 @@ from tqdm import tqdm
 from locallip import devices, distributed
 from locallip.bound.fused import compile_activations
 from locallip.bound.power_iteration import PowerIteration
-from locallip.bound.walk import propagate
-from locallip.bound.worst_case import worst_logits
 from locallip.checkpoints import load_checkpoint, load_weights
 from locallip.files import InputError, ScriptError, check_writable, first_line
 from locallip.images import ImageSet
@@ -26,6 +24,7 @@ from locallip.training.resuming import own_shuffle, refuse_other_arguments
 from locallip.training.schedule import Schedule
 from locallip.training.shares import count_batches, loss_weights
 from locallip.training.step import Layout, RobustLoss, Step, Tally
+from locallip.training.validation import in_words, validate
 from locallip.training.vectors import StoredVectors
 
 # Power iterations per step of the first resumed epoch, in place of the singular vectors that checkpoints do not hold.
@@ -82,25 +81,11 @@ class _Run:
         self.device = training_set.labels.device
         self.schedule = Schedule.from_arguments(args)
         self.files = RunFiles(Path(args.output_dir), args.prefix)
-        with distributed.all_or_none():
-            if distributed.is_main():
-                check_writable(self.files.best.parent)
-                if not args.resume and not args.overwrite:
-                    self.files.refuse_existing()
+        _refuse_unknown_positions(args.indices, model)
+        self._refuse_files()
         self.optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
         self.shuffle = torch.Generator().manual_seed(args.seed + distributed.rank())
-        _refuse_unknown_positions(args.indices, model)
-        # On a GPU the iterations that skipping saves are cheaper than finding out which.
-        skip = self.device.type == "cpu"
-        local_positions = args.indices if args.global_epochs < args.epochs else []
-        self.norms = PowerIteration(
-            args.sniter,
-            seed=args.seed,
-            local_positions=local_positions,
-            skip_idle_masks=skip,
-            factors=torch.bfloat16 if args.bfloat16 else None,
-            ascend=args.ascend,
-        )
+        self.norms = self._norms()
         if args.start_from:
             load_weights(model, self._load(Path(args.start_from))["state_dict"], args.start_from)
         self.averaged = AveragedModel(model, args.ema) if args.ema else None
@@ -112,15 +97,40 @@ class _Run:
         self.weights = loss_weights(self.images, args.batch_size, self.batches)[distributed.rank()]
         if args.resume:
             self._resume()
-        loss = distributed.wrap(RobustLoss.from_arguments(model, self.norms, args), args.ddp)
-        image, _, _ = next(training_set[:1].batches(1))
-        layout = Layout.of(model, image, local_positions)
+        self.step = self._step()
+
+    def _refuse_files(self) -> None:
+        """Refuse a place that cannot be written to, or that has a run already that nobody asked for."""
+        with distributed.all_or_none():
+            if distributed.is_main():
+                check_writable(self.files.best.parent)
+                if not self.args.resume and not self.args.overwrite:
+                    self.files.refuse_existing()
+
+    def _norms(self) -> PowerIteration:
+        args = self.args
+        return PowerIteration(
+            args.sniter,
+            seed=args.seed,
+            local_positions=args.indices if args.global_epochs < args.epochs else [],
+            # On a GPU the iterations that skipping saves are cheaper than finding out which.
+            skip_idle_masks=self.device.type == "cpu",
+            factors=torch.bfloat16 if args.bfloat16 else None,
+            ascend=args.ascend,
+        )
+
+    def _step(self) -> Step:
+        """The step of the training, with room for the vectors of its images, compiled where that pays."""
+        args = self.args
+        loss = distributed.wrap(RobustLoss.from_arguments(self.model, self.norms, args), args.ddp)
+        image, _, _ = next(self.training_set[:1].batches(1))
+        layout = Layout.of(self.model, image, self.norms.local_positions)
         with distributed.all_or_none():
             stored = self._make_room(layout)
-        self.step = Step(loss, self.norms, stored, self.optimizer)
-        pays = layout.activations * len(training_set) * (args.epochs - self.epoch) >= COMPILE_FROM
+        pays = layout.activations * len(self.training_set) * (args.epochs - self.epoch) >= COMPILE_FROM
         if args.compile == "yes" or (args.compile == "auto" and pays):
             compile_activations()
+        return Step(loss, self.norms, stored, self.optimizer)
 
     def train(self) -> None:
         first, args = self.epoch, self.args
@@ -193,23 +203,9 @@ class _Run:
         return f"the checkpoint of epoch {self.epoch} is untouched" if self.epoch else "no checkpoint was written yet"
 
     def _validate(self, box: bool) -> dict[str, float]:
-        found = self._errors(self.model.eval(), "validation", box)
-        return found | self._errors(self.averaged.model, "averaged", box) if self.averaged else found
-
-    @torch.no_grad()
-    def _errors(self, model: nn.Sequential, name: str, box: bool) -> dict[str, float]:
-        """Errors on the validation set, of this name."""
-        tally = Tally(self.device)
-        norms = PowerIteration(
-            self.args.test_sniter, {}, self.norms.global_vectors, self.args.seed, skip_idle_masks=True
-        )
-        for x, y, _ in self.validation_set.batches(self.args.test_batch_size):
-            norms.local_vectors = {}
-            bound = propagate(model, x, self.args.epsilon, norms, box=box)
-            worst = worst_logits(bound, y, self.args.test_opt_iter)
-            tally.add(torch.zeros_like(bound.radius[0]), bound.logits, worst, y)
-        _, clean, certified = tally.of_all_processes().means()
-        return {f"{name}_clean_error": clean, f"{name}_certified_error": certified}
+        given = self.validation_set, self.args, self.norms.global_vectors, box
+        found = validate(self.model.eval(), *given)
+        return found | validate(self.averaged.model, *given, "averaged") if self.averaged else found
 
     def _finish_epoch(self, epoch: int, row: dict[str, Any]) -> None:
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
@@ -225,7 +221,7 @@ class _Run:
         distributed.say(
             f"epoch {self.epoch}/{self.args.epochs}  epsilon {row['epsilon']:.4f}  lr {row['lr']:.2e}  "
             f"loss {row['loss']:.4f}  error: train clean {row['clean_error']:.2%} certified "
-            f"{row['certified_error']:.2%}, {_validated(row, is_best)}  {row['seconds']:.1f} s"
+            f"{row['certified_error']:.2%}, {in_words(row, is_best)}  {row['seconds']:.1f} s"
         )
 
     def _checkpoint(self, error: float, shuffles: Tensor) -> dict[str, Any]:
@@ -282,18 +278,6 @@ class _Run:
                 f"no room for the singular vectors of {len(self.training_set)} training images in each process: "
                 f"{first_line(error)}; local norms at fewer layers (--indices) or more machines would help"
             ) from None
-
-
-def _validated(row: dict[str, Any], is_best: bool) -> str:
-    """The errors of validation in words, of the weights and of their average if there is one."""
-    said, error = [], smallest_error(row)
-    for name in ("validation", "averaged"):
-        if f"{name}_certified_error" in row:
-            certified = row[f"{name}_certified_error"]
-            best = " (best)" if is_best and certified == error else ""
-            is_best = is_best and not best  # of equals the weights are kept
-            said.append(f"{name} clean {row[f'{name}_clean_error']:.2%} certified {certified:.2%}{best}")
-    return ", ".join(said)
 
 
 def _refuse_unknown_positions(indices: list[int] | None, model: nn.Sequential) -> None:

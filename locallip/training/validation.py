@@ -1,0 +1,60 @@
+"""Errors on the validation set behind an epoch, and how they are said."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from locallip.bound.operators import Position
+from locallip.bound.power_iteration import PowerIteration
+from locallip.bound.walk import propagate
+from locallip.bound.worst_case import worst_logits
+from locallip.images import ImageSet
+from locallip.training.files import smallest_error
+from locallip.training.step import Tally
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Sequential,
+    images: ImageSet,
+    args: argparse.Namespace,
+    global_vectors: dict[Position, Tensor],
+    box: bool,
+    name: str = "validation",
+) -> dict[str, float]:
+    """Clean and certified error on the images of all processes, as NAME_clean_error and NAME_certified_error.
+
+    An image counts as certified by the power-iteration estimate at `args.epsilon`.
+
+    args: the flags of the training. global_vectors: singular vectors of whole layers to start from. box: see
+        `propagate`.
+    """
+    tally = Tally(images.labels.device)
+    norms = PowerIteration(args.test_sniter, {}, global_vectors, args.seed, skip_idle_masks=True)
+    for x, y, _ in images.batches(args.test_batch_size):
+        norms.local_vectors = {}
+        bound = propagate(model, x, args.epsilon, norms, box=box)
+        worst = worst_logits(bound, y, args.test_opt_iter)
+        tally.add(torch.zeros_like(bound.radius[0]), bound.logits, worst, y)
+    _, clean, certified = tally.of_all_processes().means()
+    return {f"{name}_clean_error": clean, f"{name}_certified_error": certified}
+
+
+def in_words(row: Mapping[str, Any], is_best: bool) -> str:
+    """The errors of validation in words, of the weights and of their average if there is one.
+
+    row: of the log. is_best: whether no epoch before had as small a certified error as one of the two.
+    """
+    said, error = [], smallest_error(row)
+    for name in ("validation", "averaged"):
+        if f"{name}_certified_error" in row:
+            certified = row[f"{name}_certified_error"]
+            best = " (best)" if is_best and certified == error else ""
+            is_best = is_best and not best  # of equals the weights are kept
+            said.append(f"{name} clean {row[f'{name}_clean_error']:.2%} certified {certified:.2%}{best}")
+    return ", ".join(said)
