@@ -14,6 +14,7 @@ from locallip.bound.walk import propagate
 from locallip.files import InputError
 from locallip.training import run as training_run
 from locallip.training import step as training_step
+from locallip.training import validation
 from locallip.training.losses import LOSSES, Loss
 from locallip.training.run import TrainingDiverged
 
@@ -25,7 +26,7 @@ def watch_bounds(monkeypatch, look):
         look(*args, **options)
         return propagate(*args, **options)
 
-    for module in (training_run, training_step):
+    for module in (validation, training_step):
         monkeypatch.setattr(module, "propagate", look_and_propagate)
 
 
