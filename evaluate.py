@@ -7,7 +7,7 @@ import hashlib
 import secrets
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +70,18 @@ def arguments(defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
     return args
 
 
-def add_model_flags(parser: argparse.ArgumentParser, otherwise: Sequence[str] = ()) -> None:
+def add_model_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """The flags that say what is evaluated, and at which radius.
 
-    otherwise: checkpoints that are taken where none is named; several may be named then.
+    several: any number of checkpoints may be named, or none.
     """
     utils.add_common_flags(parser, list(utils.MODELS))
     # What is not given is taken from the checkpoint, where it knows.
     parser.set_defaults(data=None, model=None, width=None)
     flag = parser.add_argument
     saved = "checkpoint file, or the prefix of one (PREFIX_best.pth)"
-    if otherwise:
-        flag("--saved_model", type=flags.path, nargs="+", default=list(otherwise), help=saved)
+    if several:
+        flag("--saved_model", type=flags.path, nargs="+", help=f"{saved}, or several; default: those in pretrained/")
     else:
         flag("--saved_model", type=flags.path, required=True, help=saved)
     epsilon = "L2 radius in pixel space (pixels in [0, 1]); default: the paper's for the data set"

@@ -167,7 +167,7 @@ def as_table(nets: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = flags.ArgumentParser(__doc__)
-    evaluate.add_model_flags(parser, COMMITTED)
+    evaluate.add_model_flags(parser, several=True)
     flag = parser.add_argument
     flag("--test_sniter", type=flags.positive_int, default=2000, help="power iterations of the published protocol")
     flag("--sample_batches", type=flags.positive_int, default=1, help="batches that the published protocol is timed on")
@@ -177,7 +177,7 @@ def main() -> None:
     distributed.refuse_several()
     if args.json:
         refuse_existing(Path(args.json), args.overwrite)
-    named = [argparse.Namespace(**vars(args) | {"saved_model": name}) for name in args.saved_model]
+    named = [argparse.Namespace(**vars(args) | {"saved_model": name}) for name in args.saved_model or COMMITTED]
     loaded = [(*evaluate.load(own)[:2], own) for own in named]
     nets = [measure(model, images, own.saved_model, own) for model, images, own in loaded]
     device = loaded[0][1].labels.device

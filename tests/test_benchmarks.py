@@ -9,6 +9,7 @@ import torch
 from conftest import TINY
 
 from benchmarks.certification import COMMITTED
+from locallip.files import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,12 +33,20 @@ def test_the_benchmark_prints_and_writes_all_costs(call, saved_net, tmp_path):
         assert sample["published"] >= certified["product"]
 
 
-def test_the_benchmark_of_proofs_takes_the_committed_networks_where_none_is_named(call):
+def test_the_benchmark_of_proofs_takes_the_committed_networks_where_none_is_named(call, monkeypatch):
+    def stop(*measured):
+        raise InputError("enough")
+
     assert {Path(path).name for path in COMMITTED} == {path.name for path in (ROOT / "pretrained").rglob("*.pth")}
     answer = call("benchmarks.certification", "--images", 0)
     assert (answer.code, len(answer.err.splitlines())) == (2, 1)
-    help_text = "".join(call("benchmarks.certification", "--help").out.split())  # its lines break anywhere
-    assert all(Path(path).name in help_text for path in COMMITTED)
+    for named in ([], ["one", "other"]):
+        asked = []
+        monkeypatch.setattr("evaluate.load", lambda args, asked=asked: (None, asked.append(args.saved_model)))
+        monkeypatch.setattr("benchmarks.certification.measure", stop)
+        words = ["--saved_model", *named] if named else []
+        assert call("benchmarks.certification", *words).err == "error: enough\n"
+        assert asked == (named or COMMITTED)
 
 
 def test_the_dual_is_compared_with_its_rivals_as_far_as_they_are_installed(call, tmp_path):
