@@ -134,13 +134,7 @@ def select_model(
     layers: list[nn.Module] = []
     for number, (out_channels, kernel, stride, padding) in enumerate(architecture.convolutions):
         out_channels = scaled(out_channels)
-        conv = nn.Conv2d(channels, out_channels, kernel, stride, padding)
-        if orthogonal:
-            # The taps that an output sees add up to at most kernel / stride times the norm of the kernels as a matrix.
-            nn.init.orthogonal_(conv.weight, gain=stride / kernel)
-        else:
-            nn.init.normal_(conv.weight, 0.0, math.sqrt(2.0 / (kernel * kernel * out_channels)))
-        nn.init.zeros_(conv.bias)
+        conv = _convolution(channels, out_channels, kernel, stride, padding, orthogonal)
         channels = out_channels
         size = [(s + 2 * padding - kernel) // stride + 1 for s in size]
         layers += [conv, architecture.make_activation(number, (channels, *size), init)]
@@ -155,6 +149,20 @@ def select_model(
         features = units
     layers.append(nn.Linear(features, classes or DATA_SETS[data].classes))
     return nn.Sequential(*layers)
+
+
+def _convolution(
+    channels: int, out_channels: int, kernel: int, stride: int, padding: int, orthogonal: bool
+) -> nn.Conv2d:
+    """A freshly initialised convolution, see `select_model`."""
+    conv = nn.Conv2d(channels, out_channels, kernel, stride, padding)
+    if orthogonal:
+        # The taps that an output sees add up to at most kernel / stride times the norm of the kernels as a matrix.
+        nn.init.orthogonal_(conv.weight, gain=stride / kernel)
+    else:
+        nn.init.normal_(conv.weight, 0.0, math.sqrt(2.0 / (kernel * kernel * out_channels)))
+    nn.init.zeros_(conv.bias)
+    return conv
 
 
 # --- flags -----------------------------------------------------------------------------------------------------------
