@@ -46,7 +46,7 @@ _OVERHEAD = 60
 
 
 @dataclass(frozen=True)
-class Plan:
+class Reproduction:
     """What is done, and how long it takes.
 
     Attributes:
@@ -66,7 +66,7 @@ class Plan:
     images: int
     power_iterations: int
 
-    def within(self, minutes: float) -> Plan:
+    def within(self, minutes: float) -> Reproduction:
         """The part of this plan that fits.
 
         Raises:
@@ -92,7 +92,7 @@ class Plan:
         )
 
 
-def plan_of(run: utils.Run, args: argparse.Namespace) -> Plan:
+def plan_of(run: utils.Run, args: argparse.Namespace) -> Reproduction:
     """The whole schedule and the whole test set, measured on this machine."""
     device = devices.select_device(args.device)
     training_set, test_set = (load_data(args.data, args.data_dir, train=train).to(device) for train in (True, False))
@@ -115,7 +115,7 @@ def plan_of(run: utils.Run, args: argparse.Namespace) -> Plan:
     x, y, _ = next(test_set[: args.test_batch_size].batches(args.test_batch_size))
     passes = _PASSES["masked" if alone < args.epochs else "global"]
     evaluation = passes * len(test_set) * seconds_per_pass(model, x, y) / processes
-    return Plan(args.epochs, args.epochs, args.scale, training, evaluation, len(test_set), 2000)
+    return Reproduction(args.epochs, args.epochs, args.scale, training, evaluation, len(test_set), 2000)
 
 
 def seconds_per_pass(model: nn.Sequential, x: Tensor, y: Tensor) -> float:
@@ -130,7 +130,7 @@ def seconds_per_pass(model: nn.Sequential, x: Tensor, y: Tensor) -> float:
     return min(found[1:]) / len(x)
 
 
-def describe(run: utils.Run, plan: Plan, full: Plan, folder: Path) -> str:
+def describe(run: utils.Run, plan: Reproduction, full: Reproduction, folder: Path) -> str:
     """What is going to be done, for people."""
     total = plan.training_seconds + plan.evaluation_seconds + _OVERHEAD
     whole = full.training_seconds / full.of_epochs
@@ -204,7 +204,7 @@ def _new_plan(
     files: RunFiles,
     report: Path,
     planned: Path,
-) -> Plan:
+) -> Reproduction:
     check_writable(files.best.parent)
     if not args.overwrite:
         files.refuse_existing()
@@ -217,12 +217,12 @@ def _new_plan(
     return plan
 
 
-def _planned(path: Path) -> Plan:
+def _planned(path: Path) -> Reproduction:
     """The plan that a stopped run had."""
     if not exists(path):
         raise InputError(f"there is nothing to resume: {path} is absent")
     try:
-        return Plan(**json.loads(path.read_text(encoding="utf-8")))
+        return Reproduction(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} is damaged: {error}") from None
 

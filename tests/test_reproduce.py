@@ -13,7 +13,7 @@ from locallip.training.pace import seconds_per_epoch
 
 JOB = "mnist-4c3f-maxmin"
 # 10 s an epoch, 0.1 s a test image.
-FULL = reproduce.Plan(300, 300, 1.0, 3000.0, 1000.0, 10_000, 2000)
+FULL = reproduce.Reproduction(300, 300, 1.0, 3000.0, 1000.0, 10_000, 2000)
 
 
 def test_a_plan_that_fits_keeps_schedule_and_test_set():
@@ -38,7 +38,9 @@ def test_no_plan_takes_longer_than_it_may(minutes):
 
 
 def test_a_plan_scales_what_was_scaled():
-    assert reproduce.Plan(30, 30, 0.1, 300.0, 1000.0, 10_000, 2000).within(minutes=5).scale == pytest.approx(0.06)
+    assert reproduce.Reproduction(30, 30, 0.1, 300.0, 1000.0, 10_000, 2000).within(minutes=5).scale == pytest.approx(
+        0.06
+    )
 
 
 def test_too_little_time_is_refused_with_how_much_it_takes():
@@ -60,7 +62,7 @@ def test_measuring_an_epoch_leaves_the_network_as_it_is(digits, tiny_net, tmp_pa
 SHORT = """
 import reproduce, sys
 from locallip.files import run_script
-reproduce.plan_of = lambda run, args: reproduce.Plan(2, 300, 2 / 300, 2.0, 1.0, 8, 5)
+reproduce.plan_of = lambda run, args: reproduce.Reproduction(2, 300, 2 / 300, 2.0, 1.0, 8, 5)
 run_script(reproduce.main)
 """
 

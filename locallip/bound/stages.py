@@ -11,7 +11,7 @@ from torch import Tensor
 from locallip.bound.bound import Bound
 from locallip.bound.dual.around import chain_of
 from locallip.bound.dual.chain import Chain
-from locallip.bound.dual.stage import prove_classes
+from locallip.bound.dual.classes import prove_classes
 from locallip.bound.graph import Graph
 from locallip.bound.norms import Norms
 from locallip.bound.walk import propagate

@@ -9,8 +9,8 @@ from dual_cases import CLASSES, EPSILONS, IMAGES, KINDS, case, network, output, 
 
 from locallip.bound.dual.around import chain_around
 from locallip.bound.dual.chain import Hidden
+from locallip.bound.dual.classes import prove_classes
 from locallip.bound.dual.proof import proven_margin
-from locallip.bound.dual.stage import prove_classes
 from locallip.bound.proven_norms import ProvenNorms
 
 every_case = pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The dual as a stage of a proof: which classes are still open, and what it proves of them."""
+"""The dual, class by class: which classes of an image are still open, and what it proves of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TOGETHER, _TENSORS, _MEMORY = 32, 40, 2**28
 
 
 @dataclass
-class Answer:
+class ProvenClasses:
     """What the dual proved around N images.
 
     Attributes:
@@ -36,7 +36,7 @@ class Answer:
 @torch.no_grad()
 def prove_classes(
     chain: Chain, y: Tensor, asked: Tensor, besides: Tensor | None = None, iterations: int = 60
-) -> Answer:
+) -> ProvenClasses:
     """Prove that the margins over some classes stay positive.
 
     The class nearest to the label's goes first; the others of an image are asked only where that one is proven.
@@ -52,34 +52,34 @@ def prove_classes(
     margins = logits.gather(1, y[:, None]) - logits  # (N, K)
     besides = torch.zeros_like(margins) if besides is None else besides
     asked = asked.scatter(1, y[:, None], False)
-    answer = Answer(
+    result = ProvenClasses(
         torch.full_like(margins, -torch.inf), torch.zeros_like(y, dtype=torch.bool), torch.zeros_like(chain.x), 0, 0
     )
     nearest = torch.where(asked, margins, torch.inf).argmin(dim=1)
     first = torch.zeros_like(asked).scatter(1, nearest[:, None], True) & asked
-    _ask(chain, y, first, margins, besides, iterations, answer)
-    proven = ((answer.margin > 0) & first).any(dim=1)
-    _ask(chain, y, asked & ~first & proven[:, None], margins, besides, iterations, answer)
-    return answer
+    _ask(chain, y, first, margins, besides, iterations, result)
+    proven = ((result.margin > 0) & first).any(dim=1)
+    _ask(chain, y, asked & ~first & proven[:, None], margins, besides, iterations, result)
+    return result
 
 
 def _ask(
-    chain: Chain, y: Tensor, asked: Tensor, margins: Tensor, besides: Tensor, iterations: int, answer: Answer
+    chain: Chain, y: Tensor, asked: Tensor, margins: Tensor, besides: Tensor, iterations: int, result: ProvenClasses
 ) -> None:
     for images, others in zip(*(part.split(_together(chain)) for part in asked.nonzero(as_tuple=True))):
         around, label = chain.take(images), y[images]
         slope = chain.weight[others] - chain.weight[label]
         margin = margins[images, others] - besides[images, others]
         found = search(around, slope, margin, iterations)
-        answer.questions += len(images)
-        answer.iterations += int(found.iterations.sum())
+        result.questions += len(images)
+        result.iterations += int(found.iterations.sum())
         broken = ~(found.drop < margin)
-        answer.fallen[images[broken]] = True
-        answer.step[images[broken]] = found.step[broken]
+        result.fallen[images[broken]] = True
+        result.step[images[broken]] = found.step[broken]
         done = found.done.nonzero().squeeze(1)
         if len(done):
             at = images[done], others[done]
-            answer.margin[at] = proven_margin(
+            result.margin[at] = proven_margin(
                 around.take(done), label[done], others[done], found.multipliers, besides[at]
             )
 

@@ -4,9 +4,9 @@ import torch
 from dual_cases import CLASSES, IMAGES, Case, case
 
 from locallip.bound.dual import search as searching
+from locallip.bound.dual.classes import prove_classes
 from locallip.bound.dual.proof import proven_margin
 from locallip.bound.dual.search import search
-from locallip.bound.dual.stage import prove_classes
 
 
 def test_questions_that_leave_early_are_proven_as_the_search_says():
