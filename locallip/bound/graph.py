@@ -20,6 +20,7 @@ from locallip.bound.activations import Activation
 from locallip.bound.affine import is_affine, with_sums
 from locallip.bound.capture import capture
 from locallip.bound.checks import first_weight, refuse_width
+from locallip.bound.joins import Join
 from locallip.bound.nodes import IMAGES, Node, Obstacle, Refusal
 from locallip.bound.norms import Arithmetic
 from locallip.bound.operators import Dense, LinearOperator, Position
@@ -133,7 +134,9 @@ class Graph:
             _refuse_other_shapes(node, behind)
             shape = node.shape or shape
             meaning = meaning_of(node.layer, Place(node.position, shape, x, arithmetic))
-            shape = behind[node.position] = _shape_behind(meaning, shape, x)
+            shape = _shape_behind(meaning, shape, x)
+            if not isinstance(meaning, Join):
+                behind[node.position] = shape
             result.append((node.position, meaning))
         _refuse_other_shapes(self.last, behind)
         refuse_width(self.last.layer, self.last.position, self.last.shape or shape)

@@ -13,7 +13,7 @@ from torch import nn
 
 from local_bound import PowerIteration, certified_radius, certify, local_lipschitz, propagate
 from locallip.bound import certificates, inquiry, pieces, worst_case
-from locallip.bound.dual import stage
+from locallip.bound.dual import classes
 from locallip.bound.kept_norms import KEPT
 from locallip.bound.proof import decide
 from locallip.bound.proven_norms import ProvenNorms
@@ -159,7 +159,7 @@ def test_questions_of_the_dual_are_searched_alike_however_many_at_a_time(monkeyp
     model, x = settled(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5)), images(12)
     y = model(x).argmax(dim=1)
     radius = certified_radius(model, x, y)
-    monkeypatch.setattr(stage, "_MEMORY", memory)
+    monkeypatch.setattr(classes, "_MEMORY", memory)
     assert certify(model, x, y, 0.9 * radius).all()
     torch.testing.assert_close(certified_radius(model, x, y), radius, rtol=0, atol=5e-3)
 
