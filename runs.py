@@ -234,16 +234,6 @@ RUNS = (
         took="1.2 h on one core",
     ),
     Run(
-        "cifar10-best",
-        "cifar10",
-        "6C2F, clipped MaxMin, as cifar10-fast, 48 epochs",
-        "c6f2_clmaxmin",
-        "--epochs 48 --orthogonal --global_epochs 48 --warmup 0 --rampup 8 --sniter 5 --batch_size 32 "
-        "--epsilon_train 0.1551 --loss emma --lr_scheduler linear --end_lr 1e-5 --ema 0.999 --unaugmented_epochs 5",
-        "maxmin/cifar_best",
-        took="2.0 h on one core",
-    ),
-    Run(
         "tinyimagenet-8c2f",
         "tinyimagenet",
         "8C2F",
