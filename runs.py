@@ -234,6 +234,17 @@ RUNS = (
         took="1.2 h on one core",
     ),
     Run(
+        "cifar10-best",
+        "cifar10",
+        "6C2F, clipped MaxMin, cifar10-fast and 5 epochs without crops and flips",
+        "c6f2_clmaxmin",
+        "--start_from pretrained/maxmin/cifar_fast_best.pth --no_augmentation --epochs 5 --global_epochs 5 --warmup 0 "
+        "--rampup 0 --sniter 2 --batch_size 32 --epsilon_train 0.1551 --loss emma --lr 1.5e-4 --lr_scheduler linear "
+        "--end_lr 1e-5 --ema 0.999",
+        "maxmin/cifar_best",
+        took="0.2 h on one core behind cifar10-fast",
+    ),
+    Run(
         "tinyimagenet-8c2f",
         "tinyimagenet",
         "8C2F",
