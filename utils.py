@@ -317,8 +317,6 @@ def _settled(args: argparse.Namespace, defaults: Mapping[str, Any]) -> argparse.
     """The arguments with what depends on others filled in, and scaled."""
     if args.resume and args.overwrite:
         raise InputError("--resume and --overwrite exclude each other")
-    if args.resume and args.start_from:
-        raise InputError("--resume goes on with a run's own weights, so it excludes --start_from; drop one of them")
     args.prefix = args.prefix or f"{args.data}_{args.model}"
     if args.epsilon is None:
         args.epsilon = DATA_SETS[args.data].epsilon

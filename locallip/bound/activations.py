@@ -44,12 +44,12 @@ class Activation(ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a class that computes otherwise than the one whose boxes, fused passes and dual it would inherit."""
         super().__init_subclass__(**kwargs)
-        computing = [base for base in cls.__mro__[1:] if issubclass(base, Activation) and "__call__" in vars(base)]
-        known = [base for base in computing if not getattr(base.__call__, "__isabstractmethod__", False)]
-        if known and "__call__" in vars(cls):
+        calls = [vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)]
+        if sum(not getattr(call, "__isabstractmethod__", False) for call in calls) > 1:
+            bases = " and ".join(base.__name__ for base in cls.__bases__)
             raise TypeError(
-                f"{cls.__name__} computes otherwise than {cls.__mro__[1].__name__}, but inherits what is known of it; "
-                f"derive it from Activation, or make an Elementwise"
+                f"{cls.__name__} computes otherwise than {bases}, but inherits what is known of it; derive it from "
+                f"Activation, or make an Elementwise"
             )
 
     @abstractmethod

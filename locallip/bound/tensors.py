@@ -87,7 +87,8 @@ def underflow_to_nan(product: Tensor, *factors: Tensor) -> Tensor:
 
 def same(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors agree in shape and in every entry, a NaN being the same as another."""
-    return x.shape == y.shape and bool(((x == y) | (x.isnan() & y.isnan())).all())
+    # Two passes over memory less where there is no NaN.
+    return torch.equal(x, y) or (x.shape == y.shape and bool(((x == y) | (x.isnan() & y.isnan())).all()))
 
 
 def eliminating(rows: Tensor | None, columns: Tensor | None) -> Tensor:

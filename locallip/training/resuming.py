@@ -13,9 +13,9 @@ from torch import Tensor
 from locallip import distributed
 from locallip.files import InputError
 
-# Flags that a resumed run may have otherwise than before; start_from is kept as it was.
+# Flags that a resumed run may have otherwise than before.
 _MAY_DIFFER = {"device", "ddp", "compile", "data_dir", "output_dir", "prefix", "resume", "overwrite"}
-_MAY_DIFFER |= {"start_from", "test_batch_size"}
+_MAY_DIFFER |= {"test_batch_size"}
 # Flags that weights belong to, so that a run with other ones cannot start from them.
 _OF_THE_NETWORK = {"data", "model", "width"}
 # What every run had from before there was a flag for it.
@@ -24,7 +24,7 @@ _BEFORE |= {"unaugmented_epochs": 0}
 
 
 def refuse_other_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoint: Path) -> None:
-    """Refuse to go on with other flags; `args` takes over start_from, which is not given again.
+    """Refuse to go on with other flags; `args` takes over start_from, which need not be given again.
 
     saved: the arguments that the checkpoint has.
 
@@ -32,6 +32,7 @@ def refuse_other_arguments(args: argparse.Namespace, saved: Mapping[str, Any], c
         InputError: names a flag that is not as it was.
     """
     saved = _BEFORE | {"loss": "gloro" if saved.get("gloro") else "bcp"} | dict(saved)
+    args.start_from = args.start_from or saved.get("start_from")
     for name, value in vars(args).items():
         if name not in _MAY_DIFFER and name in saved and saved[name] != value:
             with_weights = "" if name in _OF_THE_NETWORK else f", with --start_from {checkpoint}"
@@ -39,7 +40,6 @@ def refuse_other_arguments(args: argparse.Namespace, saved: Mapping[str, Any], c
                 f"cannot resume {checkpoint}: it ran with --{name} {saved[name]}, not {value}; resume "
                 f"with the same flags, or begin a new run: another --prefix{with_weights}"
             )
-    args.start_from = saved.get("start_from")
 
 
 def own_shuffle(shuffles: Tensor) -> Tensor:

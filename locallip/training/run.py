@@ -86,7 +86,7 @@ class _Run:
         self.optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
         self.shuffle = torch.Generator().manual_seed(args.seed + distributed.rank())
         self.norms = self._norms()
-        if args.start_from:
+        if args.start_from and not args.resume:
             load_weights(model, self._load(Path(args.start_from))["state_dict"], args.start_from)
         self.averaged = AveragedModel(model, args.ema) if args.ema else None
         self.epoch = 0

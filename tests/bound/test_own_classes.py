@@ -119,6 +119,17 @@ def test_an_activation_that_computes_otherwise_than_the_class_it_inherits_from_i
                 return super().__call__(x) / 2
 
 
+def test_a_function_that_is_mixed_in_is_another_one_too():
+    class Halving:
+        def __call__(self, x):
+            return x.clamp(0, 2) / 2
+
+    with pytest.raises(TypeError, match="Half computes otherwise than Halving and Clip"):
+
+        class Half(Halving, Clip):
+            pass
+
+
 def test_an_activation_that_only_says_more_may_inherit():
     class Named(Clip):
         name = "clip"

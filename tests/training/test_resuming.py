@@ -147,12 +147,27 @@ def test_a_run_that_started_from_weights_remembers_it_when_resumed(runs):
     assert len(read_csv(parts.log)) == 4
 
 
+def test_the_same_command_resumes_a_run_that_started_from_weights_and_no_other_weights_do(runs):
+    first = runs.train("--epochs", 1, "--rampup", 0, name="first").best
+    runs.train_until(2, "--start_from", first, name="parts")
+    with pytest.raises(InputError, match=f"it ran with --start_from {first}, not elsewhere.pth"):
+        runs.train("--start_from", "elsewhere.pth", "--resume", name="parts")
+    parts = runs.train("--start_from", first, "--resume", name="parts")
+    assert [row["epoch"] for row in read_csv(parts.log)] == ["1", "2", "3", "4"]
+
+
+def test_a_run_that_began_from_nothing_is_not_resumed_from_weights(runs, saved_net):
+    runs.train_until(2)
+    with pytest.raises(InputError, match=f"it ran with --start_from None, not {saved_net}"):
+        runs.train("--start_from", saved_net, "--resume")
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
         (["--width", 0.1], "of another architecture"),
         (["--start_from", "nowhere.pth"], "no checkpoint at nowhere.pth"),
-        (["--resume"], "excludes --start_from"),
+        (["--resume"], "no checkpoint at "),
     ],
 )
 def test_weights_that_cannot_be_started_from_are_refused_and_nothing_is_written(runs, saved_net, flags, complaint):
