@@ -12,11 +12,15 @@ import sys
 from typing import NoReturn
 
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def main() -> NoReturn:
-    """Run the script that the command line names; exits with the code of the process that failed first."""
+    """Run the script that the command line names; exits with the code of the process that failed first.
+
+    A signal that stops it, such as Ctrl-C, stops the processes too; it then exits with 128 and the signal's number.
+    """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         run.main()
@@ -26,6 +30,8 @@ def main() -> NoReturn:
             sys.exit(failure.exitcode)
         print(f"error: rank {rank}: ended by {failure.signal_name()}", file=sys.stderr)
         sys.exit(1)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
     sys.exit(0)
 
 

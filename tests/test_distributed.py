@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import distributed_worker as worker
 import numpy as np
@@ -21,24 +22,32 @@ from locallip.training import run as training_run
 from locallip.training.shares import count_batches, loss_weights
 
 
-def launch(processes, *command):
-    """Run a script in several processes in the repository's folder; nothing it starts outlives the call."""
+@contextmanager
+def started(processes, *command):
+    """A script in several processes in the repository's folder; nothing it starts outlives the block."""
     line = [sys.executable, "-m", "locallip.start", "--standalone", f"--nproc_per_node={processes}", *command]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [str(word) for word in line],
         cwd=ROOT,
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Shells ignore Ctrl-C in what they start in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         try:
-            out, err = process.communicate(timeout=100)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def launch(processes, *command):
+    """Run a script in several processes to its end."""
+    with started(processes, *command) as process:
+        out, err = process.communicate(timeout=100)
     return Answer(process.returncode, out, err)
 
 
@@ -290,6 +299,18 @@ def test_evaluation_in_two_processes_prints_one_report(saved_net, tmp_path):
     assert answer.out.count("digits: 9 test images") == 1
     rows = read_csv(tmp_path / "report" / "images.csv")
     assert [int(row["index"]) for row in rows] == list(range(9))
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_several_processes_that_are_stopped_end_without_a_traceback(tmp_path, sent):
+    with started(2, "train_mnist.py", *TINY, "--output_dir", tmp_path, "--prefix", "few", "--epochs", 300) as process:
+        while not (tmp_path / "few_checkpoint.pth").exists() and process.poll() is None:
+            time.sleep(0.2)
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 128 + sent
+    assert "Traceback" not in err
+    checkpoints.load_checkpoint(tmp_path / "few_checkpoint.pth")
 
 
 def test_bad_input_of_several_processes_is_one_line(tmp_path):
