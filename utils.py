@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from locallip.flags import (
     scale,
     seed,
 )
-from locallip.images import hold_out
+from locallip.images import Augmentation, crop_and_flip, hold_out
 from locallip.training import run as training_run
 from locallip.training.losses import LOSSES, choose_weight
 from locallip.training.schedule import LOG_START, RADII, RATES
@@ -247,6 +248,8 @@ def _schedule_flags(group: argparse._ArgumentGroup) -> None:
     alone = "first so many epochs with the ball alone: no box, global norms, a fraction of the time (GloRo's bound)"
     flag("--global_epochs", type=natural_int, default=0, help=alone)
     flag("--no_augmentation", action="store_true", help="no random crops and flips (digits never have any)")
+    border = "random crops shift an image by up to so many pixels; 0: flips alone"
+    flag("--crop_padding", type=natural_int, default=4, help=border)
     last = "last so many epochs without random crops and flips"
     flag("--unaugmented_epochs", type=natural_int, default=0, help=last)
 
@@ -362,5 +365,10 @@ def train(args: argparse.Namespace) -> None:
             else:
                 validation_set = load_data(args.data, args.data_dir, train=False)
         parts = (distributed.shard(images).to(device) for images in (training_set, validation_set))
-        augment = DATA_SETS[args.data].augmented and not args.no_augmentation
-        training_run.train(model, *parts, args, augment)
+        training_run.train(model, *parts, args, _augmentation(args))
+
+
+def _augmentation(args: argparse.Namespace) -> Augmentation | None:
+    if args.no_augmentation or not DATA_SETS[args.data].augmented:
+        return None
+    return partial(crop_and_flip, padding=args.crop_padding)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from locallip.files import InputError
+
+Augmentation: TypeAlias = Callable[[Tensor, "torch.Generator | None"], Tensor]
 
 
 @dataclass
@@ -37,21 +40,22 @@ class ImageSet:
         self,
         batch_size: int,
         generator: torch.Generator | None = None,
-        augment: bool = False,
+        augment: Augmentation | None = None,
         count: int | None = None,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Batches (x, y, indices): x (B, C, H, W) float32 in [0, 1], y (B,), indices (B,) into this set.
 
         In order without a `generator`; shuffled by it (a CPU generator) otherwise. The last batch may be smaller.
 
-        augment: random crop and flip, drawn from `generator` too. count: of the batches; by default as few as need be.
+        augment: what changes the images (B, C, H, W) uint8 of a batch, given `generator` too, such as crop_and_flip.
+        count: of the batches; by default as few as need be.
         """
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
         sizes = batch_sizes(len(self), batch_size, count)
         for indices in order.to(self.labels.device).split(sizes):
             images = self.images[indices]
             if augment:
-                images = crop_and_flip(images, generator)
+                images = augment(images, generator)
             yield channels_last(images.float() / 255), self.labels[indices], indices
 
 
@@ -81,7 +85,8 @@ def channels_last(images: Tensor) -> Tensor:
 def crop_and_flip(images: Tensor, generator: torch.Generator | None = None, padding: int = 4) -> Tensor:
     """Every image cut at random from itself with a black border, and mirrored left to right half of the time.
 
-    images: (N, C, H, W) on any device. generator: a CPU generator. Returns (N, C, H, W).
+    images: (N, C, H, W) on any device. generator: a CPU generator. padding: width of the border in pixels; 0 mirrors
+    alone. Returns (N, C, H, W).
     """
     count, channels, height, width = images.shape
     offsets = torch.randint(2 * padding + 1, (2, count, 1), generator=generator).to(images.device)

@@ -147,6 +147,14 @@ def test_every_offset_and_mirror_is_equally_likely():
     assert ((counts - 400) ** 2 / 400).sum() < 161 + 5 * 18
 
 
+def test_without_padding_images_are_mirrored_alone():
+    originals = few_images(20, seed=0).images
+    augmented = crop_and_flip(originals, torch.Generator().manual_seed(1), padding=0)
+    kept = (augmented == originals).flatten(1).all(dim=1)
+    assert torch.equal(augmented[~kept], originals[~kept].flip(3))
+    assert 0 < kept.sum() < len(kept)
+
+
 def test_the_generator_alone_decides_crops_and_flips():
     originals = few_images(20, seed=0).images
 
@@ -166,9 +174,9 @@ def test_images_need_not_be_square():
 def test_batches_augment_only_when_asked_and_leave_the_set_as_it_is():
     images = few_images(8, seed=0)
     kept = images.images.clone()
-    for augment in (False, True):
+    for augment in (None, crop_and_flip):
         for x, _, indices in images.batches(3, torch.Generator().manual_seed(0), augment):
-            assert torch.equal(x, images.images[indices] / 255) != augment
+            assert torch.equal(x, images.images[indices] / 255) == (augment is None)
             assert (x.min() >= 0) & (x.max() <= 1)
     assert torch.equal(images.images, kept)
 
@@ -356,15 +364,16 @@ def test_training_and_evaluation_run_on_official_files(official_files, call, tmp
 def test_training_augments_unless_and_until_told_not_to(official_files, call, tmp_path, monkeypatch):
     batches = []
 
-    def record(images, generator):
-        batches.append(len(images))
+    def record(images, generator, padding):
+        batches.append((len(images), padding))
         return images
 
-    monkeypatch.setattr("locallip.images.crop_and_flip", record)
-    epoch = [10, 10, 10]
+    monkeypatch.setattr("utils.crop_and_flip", record)
+    epoch = [(10, 4)] * 3
     for flags, expected in (
         (["--no_augmentation"], []),
         ([], 4 * epoch),
+        (["--crop_padding", 0], 4 * [(10, 0)] * 3),
         (["--unaugmented_epochs", 1], 3 * epoch),
         (["--unaugmented_epochs", 4], []),
         (["--unaugmented_epochs", 2, "--scale", 0.5], epoch),

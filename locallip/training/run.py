@@ -17,7 +17,7 @@ from locallip.bound.fused import compile_activations
 from locallip.bound.power_iteration import PowerIteration
 from locallip.checkpoints import load_checkpoint, load_weights
 from locallip.files import InputError, ScriptError, check_writable, first_line
-from locallip.images import ImageSet
+from locallip.images import Augmentation, ImageSet
 from locallip.training.averaging import AveragedModel
 from locallip.training.files import RunFiles, best_epoch, smallest_error
 from locallip.training.resuming import own_shuffle, refuse_other_arguments
@@ -44,7 +44,7 @@ def train(
     training_set: ImageSet,
     validation_set: ImageSet,
     args: argparse.Namespace,
-    augment: bool = False,
+    augment: Augmentation | None = None,
 ) -> None:
     """Train as `args`, the flags of a training script, say, leaving below `args.output_dir`:
 
@@ -56,7 +56,7 @@ def train(
     Model and both sets have to be on one device. Errors count an image as certified by the power-iteration estimate.
     Of several processes, each is given the same model and its own part of the sets, and the first writes the files.
 
-    augment: crop and mirror the training images at random, but for the last `args.unaugmented_epochs`.
+    augment: what changes the training images of a batch at random, but for the last `args.unaugmented_epochs`.
 
     Raises:
         InputError: if the prefix has a run already, --resume finds none that fits, the weights of --start_from are of
@@ -74,7 +74,7 @@ class _Run:
         training_set: ImageSet,
         validation_set: ImageSet,
         args: argparse.Namespace,
-        augment: bool,
+        augment: Augmentation | None,
     ):
         self.model, self.training_set, self.validation_set, self.args = model, training_set, validation_set, args
         self.augment = augment
@@ -154,15 +154,16 @@ class _Run:
     def _has_box(self, epoch: int) -> bool:
         return epoch >= self.args.global_epochs
 
-    def _augments(self, epoch: int) -> bool:
-        return self.augment and epoch < self.args.epochs - self.args.unaugmented_epochs
+    def _augmentation(self, epoch: int) -> Augmentation | None:
+        return self.augment if epoch < self.args.epochs - self.args.unaugmented_epochs else None
 
     def _train_epoch(self, epoch: int, bar: tqdm) -> dict[str, Any]:
         bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}")
         self.step.loss.train()
         tally = Tally(self.device)
         non_finite = torch.full((), self.batches, device=self.device)  # first batch whose loss is not finite
-        batches = self.training_set.batches(self.args.batch_size, self.shuffle, self._augments(epoch), self.batches)
+        augment = self._augmentation(epoch)
+        batches = self.training_set.batches(self.args.batch_size, self.shuffle, augment, self.batches)
         for batch, (x, y, indices) in enumerate(batches):
             moment = epoch + batch / self.batches
             epsilon, kappa = self.schedule.epsilon_at(moment), self.schedule.kappa_at(moment)
