@@ -14,12 +14,13 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from locallip import tiny_imagenet
-from locallip.dependencies import datasets
+from locallip.dependencies import torchvision_datasets
 from locallip.files import InputError, expand_home, first_line
 from locallip.images import ImageSet
 
@@ -107,19 +108,16 @@ def _read_idx(path: Path) -> np.ndarray:
 
 
 def _read_mnist(data_dir: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
-    mnist = _from_torchvision(
-        lambda: datasets.MNIST(data_dir, train=train, download=True), "MNIST", data_dir, "MNIST/raw"
-    )
+    mnist = _from_torchvision("MNIST", "MNIST", data_dir, train, "MNIST/raw")
     return mnist.data.numpy()[:, None], mnist.targets.numpy().astype(np.uint8)
 
 
-def _from_torchvision(
-    read: Callable[[], datasets.VisionDataset], name: str, data_dir: Path, below: str
-) -> datasets.VisionDataset:
-    """The data set. below: where its files lie in `data_dir`; folders made for them do not stay without them."""
+def _from_torchvision(kind: str, name: str, data_dir: Path, train: bool, below: str) -> Any:
+    """The data set of this class. below: where its files lie in `data_dir`; folders made for them do not stay empty."""
+    data_set = getattr(torchvision_datasets(), kind)
     made = [folder for folder in (data_dir / below, *(data_dir / below).parents) if not folder.exists()]
     try:
-        return read()
+        return data_set(data_dir, train=train, download=True)
     except (OSError, RuntimeError, ValueError, AssertionError, TypeError, KeyError, EOFError) as error:
         for folder in made:
             with contextlib.suppress(OSError):  # not empty, or never made
@@ -132,9 +130,7 @@ def _from_torchvision(
 
 
 def _read_cifar10(data_dir: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
-    cifar = _from_torchvision(
-        lambda: datasets.CIFAR10(data_dir, train=train, download=True), "CIFAR-10", data_dir, "cifar-10-batches-py"
-    )
+    cifar = _from_torchvision("CIFAR10", "CIFAR-10", data_dir, train, "cifar-10-batches-py")
     return np.ascontiguousarray(cifar.data.transpose(0, 3, 1, 2)), np.array(cifar.targets, dtype=np.uint8)
 
 

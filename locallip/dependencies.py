@@ -1,6 +1,7 @@
 """The two dependencies that do not import as they come, mended in one place.
 
-Import `datasets` and `L2PGDAttack` from here, not from their packages.
+Take `torchvision_datasets()` and `l2_pgd_attack()` from here, not from their packages. Importing torchvision takes a
+second, as long as torch does, so that both wait until somebody asks.
 
 torchvision: PyPI's wheel of it is built against the CUDA build of torch. Beside a CPU-only torch its compiled
 operators cannot be loaded, and its import then fails while it describes two of them (`operator torchvision::nms does
@@ -8,11 +9,12 @@ not exist`, then `qnms`). Only its data sets are used here, which need none of t
 an implementation: to call them stays an error. Where the compiled operators load, nothing is touched.
 
 advertorch: 0.2.3 is its last release, and one of its attacks imports `zero_gradients`, which torch removed in 1.9.
-It is put back with the meaning it had.
+It is put back with the meaning it had. It imports torchvision too.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from types import ModuleType
@@ -32,7 +34,13 @@ def forget_parts(package: str) -> None:
             del sys.modules[name]
 
 
-def _import_datasets() -> ModuleType:
+@functools.cache
+def torchvision_datasets() -> ModuleType:
+    """Import torchvision.datasets.
+
+    Raises:
+        ImportError, RuntimeError: if that fails for another reason than the one above.
+    """
     try:
         from torchvision import datasets
     except RuntimeError as error:
@@ -54,7 +62,14 @@ def _zero_gradients(x: Tensor) -> None:
         x.grad.zero_()
 
 
-def _import_l2_pgd() -> type:
+@functools.cache
+def l2_pgd_attack() -> type:
+    """Import advertorch's L2PGDAttack.
+
+    Raises:
+        ImportError, RuntimeError: as above.
+    """
+    torchvision_datasets()
     # `torch.autograd.gradcheck` as an attribute is the function of that name, which hides its module.
     module = importlib.import_module("torch.autograd.gradcheck")
     if not hasattr(module, "zero_gradients"):
@@ -62,7 +77,3 @@ def _import_l2_pgd() -> type:
     from advertorch.attacks import L2PGDAttack
 
     return L2PGDAttack
-
-
-datasets = _import_datasets()
-L2PGDAttack = _import_l2_pgd()

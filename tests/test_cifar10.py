@@ -22,7 +22,7 @@ import utils
 from data_load import DATA_SETS, load_data
 from locallip.bound.layers import ClampGroupSort, ReLU_x
 from locallip.checkpoints import save_checkpoint
-from locallip.dependencies import datasets
+from locallip.dependencies import torchvision_datasets
 from locallip.files import InputError
 from locallip.images import ImageSet, crop_and_flip
 from locallip.training import run as training_run
@@ -271,11 +271,11 @@ def official_files(tmp_path, monkeypatch, no_network):
         pixels = random.integers(256, size=(len(names), 6, 3 * 32 * 32), dtype=np.uint8)
         labels = random.integers(10, size=(len(names), 6)).tolist()
         listed = [write(name, {"data": p, "labels": y}) for name, p, y in zip(names, pixels, labels)]
-        monkeypatch.setattr(datasets.CIFAR10, "train_list" if train else "test_list", listed)
+        monkeypatch.setattr(torchvision_datasets().CIFAR10, "train_list" if train else "test_list", listed)
         fingerprints[train] = md5(pixels.tobytes()), md5(np.array(labels, dtype=np.uint8).tobytes())
     monkeypatch.setitem(DATA_SETS, "cifar10", replace(DATA_SETS["cifar10"], fingerprints=fingerprints))
     name, known = write("batches.meta", {"label_names": list("abcdefghij")})
-    monkeypatch.setattr(datasets.CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": known})
+    monkeypatch.setattr(torchvision_datasets().CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": known})
     return folder
 
 

@@ -8,7 +8,7 @@ from conftest import spawn
 from torch import nn
 
 from locallip import dependencies
-from locallip.dependencies import L2PGDAttack
+from locallip.dependencies import l2_pgd_attack
 
 # Run where torchvision's own loading of its compiled operators fails, whatever this machine has.
 WITHOUT_OPERATORS = """
@@ -17,7 +17,7 @@ def load_library(path):
     raise OSError("libcudart.so: cannot open shared object file")
 torch.ops.load_library = load_library
 from locallip import dependencies
-print(dependencies.datasets.MNIST.__name__)
+print(dependencies.torchvision_datasets().MNIST.__name__)
 try:
     torch.ops.torchvision.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
 except NotImplementedError:
@@ -37,12 +37,14 @@ def torchvision(monkeypatch):
     module = ModuleType("torchvision")
     monkeypatch.setitem(sys.modules, "torchvision", module)
     monkeypatch.setattr(dependencies, "_declared", [])
-    return module
+    dependencies.torchvision_datasets.cache_clear()
+    yield module
+    dependencies.torchvision_datasets.cache_clear()
 
 
 def test_nothing_is_declared_where_torchvision_imports_as_it_is(torchvision):
     torchvision.datasets = object()
-    assert dependencies._import_datasets() is torchvision.datasets
+    assert dependencies.torchvision_datasets() is torchvision.datasets
     assert dependencies._declared == []
 
 
@@ -52,12 +54,13 @@ def test_a_failing_import_of_another_kind_is_not_hidden(torchvision):
 
     torchvision.__getattr__ = fail
     with pytest.raises(RuntimeError, match="something else"):
-        dependencies._import_datasets()
+        dependencies.torchvision_datasets()
     assert dependencies._declared == []
 
 
 @pytest.fixture
 def zero_gradients():
+    l2_pgd_attack()
     # Not `torch.autograd.gradcheck`, the attribute: that is the function of the same name.
     return importlib.import_module("torch.autograd.gradcheck").zero_gradients
 
@@ -83,7 +86,7 @@ def test_l2_pgd_raises_the_loss_within_ball_and_pixel_range(epsilon):
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     x, y = torch.rand(8, 1, 4, 4), torch.arange(8) % 3
     loss = nn.CrossEntropyLoss(reduction="sum")
-    attacked = L2PGDAttack(model, loss, epsilon, 20, epsilon / 4, True, 0.0, 1.0).perturb(x, y)
+    attacked = l2_pgd_attack()(model, loss, epsilon, 20, epsilon / 4, True, 0.0, 1.0).perturb(x, y)
     assert ((attacked - x).flatten(1).norm(dim=1) <= epsilon * (1 + 1e-5)).all()
     assert attacked.min() >= 0
     assert attacked.max() <= 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from locallip.dependencies import L2PGDAttack
+from locallip.dependencies import l2_pgd_attack
 
 PGD_STEPS = 100
 # At the other radii of the picture; fewer steps can only make PGD look weaker, never a certificate look true.
@@ -17,7 +17,8 @@ def pgd(model: nn.Sequential, x: Tensor, y: Tensor, epsilon: float, steps: int =
         return x
     x = x.contiguous()  # advertorch flattens what it is given in this order only
     cross_entropy = nn.CrossEntropyLoss(reduction="sum")
-    point = L2PGDAttack(model, cross_entropy, epsilon, steps, epsilon / 4, True, 0.0, 1.0).perturb(x, y)
+    attack = l2_pgd_attack()(model, cross_entropy, epsilon, steps, epsilon / 4, True, 0.0, 1.0)
+    point = attack.perturb(x, y)
     # The attack rounds after it has projected; a hair outside of the ball would prove nothing.
     step = (point - x).flatten(1)
     scale = (epsilon * (1 - 1e-6) / step.norm(dim=1).clamp(min=1e-30)).clamp(max=1)
