@@ -500,6 +500,11 @@ def test_a_run_with_other_flags_than_the_recipes_says_so(repository, finish, tra
     assert said in remarks(repository)
 
 
+def test_a_run_that_began_from_other_weights_says_from_which(repository, finish):
+    finish(trained={"start_from": "pretrained/maxmin/first_best.pth"})
+    assert "| 800 epochs behind first, " in row(repository)
+
+
 def test_a_run_on_fewer_images_says_so(repository, finish):
     finish(images=500)
     assert "first 500 images" in row(repository)

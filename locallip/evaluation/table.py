@@ -137,7 +137,9 @@ def _warnings(row: Row, summary: dict) -> list[str]:
     training, certificate = summary["checkpoint"]["training"] or {}, summary["certificate"]
     width, epochs = summary["arguments"]["width"], training.get("epochs")
     of_all = "" if epochs in (None, row.epochs) else f" of {row.epochs}"
-    warnings = [f"{epochs or 'unknown number of'}{of_all} epochs"]
+    begun = Path(training.get("start_from") or "").stem.removesuffix("_best")
+    behind = f" behind {begun}" if begun else ""
+    warnings = [f"{epochs or 'unknown number of'}{of_all} epochs{behind}"]
     if summary["arguments"].get("held_out"):
         warnings.append("of held-out training images, not of the test set")
     if summary["epsilon"] != row.epsilon:
