@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import train_mnist
 import utils
 from data_load import load_data
 from locallip.checkpoints import save_checkpoint
+from locallip.dependencies import torchvision_datasets
 from locallip.files import run_script
 from locallip.training import run as training_run
 
@@ -90,6 +92,17 @@ def few_digits(monkeypatch, digits):
     few = {True: digits[True][:128], False: digits[False][:64]}
     monkeypatch.setattr(utils, "load_data", lambda data, data_dir, train: few[train])
     return few
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Lets no download of torchvision's succeed."""
+
+    def fail(*arguments, **named):
+        raise URLError("no network")
+
+    for module in (torchvision_datasets().mnist, torchvision_datasets().cifar):
+        monkeypatch.setattr(module, "download_and_extract_archive", fail)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import pickle
 import shutil
 from dataclasses import replace
-from urllib.error import URLError
 
 import pytest
 import torch
@@ -264,14 +263,6 @@ def digits_copy(tmp_path, monkeypatch):
 def test_damaged_digits_are_refused(evaluation_refused, saved_net, digits_copy, name, damage):
     damage(digits_copy if damage is shutil.rmtree else digits_copy / name)
     evaluation_refused("digits", saved_net)
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    def fail(*arguments, **named):
-        raise URLError("no network")
-
-    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", fail)
 
 
 @pytest.mark.parametrize("spoil", [lambda raw: None, lambda raw: (raw / "t10k-images-idx3-ubyte").touch()])

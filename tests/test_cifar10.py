@@ -7,7 +7,6 @@ import pickle
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -245,14 +244,6 @@ BATCHES = {True: [f"data_batch_{i}" for i in range(1, 6)], False: ["test_batch"]
 
 def md5(content):
     return hashlib.md5(content).hexdigest()
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    def fail(*arguments, **named):
-        raise URLError("no network")
-
-    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", fail)
 
 
 @pytest.fixture

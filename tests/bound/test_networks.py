@@ -16,7 +16,7 @@ from local_bound import (
     local_lipschitz,
     propagate,
 )
-from locallip import dependencies  # noqa: F401 - lets torchvision import beside any torch
+from locallip.dependencies import torchvision_datasets
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +43,7 @@ LAYERS = {"resnet18": 21, "vgg11_bn": 11, "mobilenet_v2": 53, "densenet121": 121
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_network_of_torchvision_has_a_finite_bound_that_is_right(name):
+    torchvision_datasets()  # lets torchvision import beside any torch
     from torchvision import models
 
     model, x = getattr(models, name)(num_classes=10).eval(), torch.rand(1, 3, 64, 64)
