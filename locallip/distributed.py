@@ -9,6 +9,7 @@ to nobody. Nothing depends on how many machines the processes are spread over.
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import time
@@ -98,6 +99,7 @@ def _join(device: str) -> None:
 def _leave() -> None:
     global _met
     dist.destroy_process_group()
+    gc.collect()  # what still holds the group would keep its threads into the interpreter's end, which can abort then
     _met = None
 
 
