@@ -21,6 +21,7 @@ from locallip import distributed, flags
 from locallip.bound.proof import EFFORTS
 from locallip.bound.proven_norms import DEPLOYED
 from locallip.checkpoints import load_checkpoint, load_weights
+from locallip.dependencies import l2_pgd_attack
 from locallip.evaluation import report
 from locallip.evaluation.certificates import Estimate, Proven
 from locallip.evaluation.evaluation import evaluate
@@ -166,6 +167,8 @@ def main(defaults: Mapping[str, Any] | None = None) -> None:
 
 def _evaluate_checkpoint(args: argparse.Namespace) -> dict[str, Outcome]:
     """Evaluate, print and write reports; returns the outcome by the certificate's kind in the process that does so."""
+    with distributed.all_or_none():
+        l2_pgd_attack()  # what cannot be imported says so now, not behind the first batch
     model, images, path, checkpoint = load(args)
     both = args.certificate == "both"
     kinds = ["proven", "estimate"] if both else [args.certificate]

@@ -14,13 +14,17 @@ It is put back with the meaning it had. It imports torchvision too.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from locallip.files import InputError, first_line
 
 _UNDECLARED_OPERATORS = ("nms", "qnms")
 # A library's declarations live as long as the object does.
@@ -34,12 +38,22 @@ def forget_parts(package: str) -> None:
             del sys.modules[name]
 
 
+@contextlib.contextmanager
+def _importing(package: str) -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:
+        way_out = "install what requirements.txt names, or let `bash run_job.sh` do so"
+        raise InputError(f"cannot import {package} ({first_line(error)}); {way_out}") from error
+
+
 @functools.cache
+@_importing("torchvision")
 def torchvision_datasets() -> ModuleType:
     """Import torchvision.datasets.
 
     Raises:
-        ImportError, RuntimeError: if that fails for another reason than the one above.
+        InputError: if that fails for another reason than the one above.
     """
     try:
         from torchvision import datasets
@@ -63,11 +77,12 @@ def _zero_gradients(x: Tensor) -> None:
 
 
 @functools.cache
+@_importing("advertorch")
 def l2_pgd_attack() -> type:
     """Import advertorch's L2PGDAttack.
 
     Raises:
-        ImportError, RuntimeError: as above.
+        InputError: if that fails.
     """
     torchvision_datasets()
     # `torch.autograd.gradcheck` as an attribute is the function of that name, which hides its module.

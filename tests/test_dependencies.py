@@ -4,11 +4,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import spawn
+from conftest import TINY, spawn
 from torch import nn
 
 from locallip import dependencies
 from locallip.dependencies import l2_pgd_attack
+from locallip.files import InputError
 
 # Run where torchvision's own loading of its compiled operators fails, whatever this machine has.
 WITHOUT_OPERATORS = """
@@ -53,9 +54,20 @@ def test_a_failing_import_of_another_kind_is_not_hidden(torchvision):
         raise RuntimeError("something else")
 
     torchvision.__getattr__ = fail
-    with pytest.raises(RuntimeError, match="something else"):
+    with pytest.raises(InputError, match=r"cannot import torchvision \(something else\); install"):
         dependencies.torchvision_datasets()
     assert dependencies._declared == []
+
+
+def test_an_evaluation_without_its_attack_ends_before_any_work(call, saved_net, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "advertorch.attacks", None)  # its import fails
+    dependencies.l2_pgd_attack.cache_clear()
+    answer = call("evaluate", *TINY, "--saved_model", saved_net, "--out", tmp_path / "report")
+    assert answer.code == 2
+    assert answer.out == ""
+    assert answer.err.startswith("error: cannot import advertorch")
+    assert answer.err.count("\n") == 1
+    assert not (tmp_path / "report").exists()
 
 
 @pytest.fixture
