@@ -195,7 +195,8 @@ def _evaluate_checkpoint(args: argparse.Namespace) -> dict[str, Outcome]:
             begun_with = argparse.Namespace(**run["arguments"])
             for number, (part, certificate) in enumerate(zip(found, certificates)):
                 how, stages = certificate.describe(part.counts), part.counts.get("seconds", np.empty(0)).tolist()
-                summary = summarize(part.outcome, begun_with, path, checkpoint.get("arguments"), how, seconds, stages)
+                on = begun_with, model[-1].out_features, path, checkpoint.get("arguments")
+                summary = summarize(part.outcome, *on, how, seconds, stages)
                 print(as_text(summary))
                 if args.out:
                     for written in report.write(folders[number], part.outcome, summary):

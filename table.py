@@ -15,9 +15,10 @@ ROOT = Path(__file__).resolve().parent
 
 def row(run: utils.Run) -> Row:
     """The row of a run."""
-    epsilon = DATA_SETS[run.data].epsilon
-    title = f"{run.recipe.title}, ε = {utils.radius_text(epsilon)}, {run.title}"
-    return Row(run.job, title, epsilon, run.epochs, run.paper, run.batch_size, run.recipe.title)
+    data = DATA_SETS[run.data]
+    title = f"{run.recipe.title}, ε = {utils.radius_text(data.epsilon)}, {run.title}"
+    of_recipe = run.epochs, run.paper, run.batch_size, run.recipe.title
+    return Row(run.job, title, data.epsilon, *of_recipe, data.classes)
 
 
 def main() -> None:

@@ -104,7 +104,7 @@ def summary_of(tmp_path):
 
     def summary_of(outcome, epsilon=0.3, training=None, certificate=ESTIMATE):
         args = argparse.Namespace(data="digits", epsilon=epsilon, device="cpu", out="results")
-        return summarize(outcome, args, checkpoint, training, certificate, 12.345)
+        return summarize(outcome, args, 10, checkpoint, training, certificate, 12.345)
 
     return summary_of
 
@@ -123,7 +123,7 @@ def test_the_summary_names_how_and_on_what_the_numbers_came_about(outcome, summa
     assert summary["checkpoint"] == {"sha256": sha256, "training": {"epochs": 300}}
     assert summary["arguments"]["data"] == "digits"
     assert summary["certificate"] == ESTIMATE
-    assert (summary["images"], summary["epsilon"], summary["seconds"]) == (4, 0.3, 12.3)
+    assert (summary["images"], summary["classes"], summary["epsilon"], summary["seconds"]) == (4, 10, 0.3, 12.3)
     assert summary["versions"].keys() >= {"python", "torch", "torchvision", "numpy", "advertorch"}
     assert summary["versions"]["numpy"] == np.__version__
     assert "CPU" in summary["hardware"]
@@ -330,6 +330,7 @@ def finish(repository):
         certified=54.56,
         certificate=None,
         trained=None,
+        classes=None,
         **arguments,
     ):
         found = {"clean": 71.23, "pgd": 65.0, "certified": certified, "certified_by_product": certified - 4}
@@ -343,6 +344,7 @@ def finish(repository):
             "certificate": {"kind": kind, "power_iterations": 2000, "clip": False} | (certificate or {}),
             "checkpoint": {"sha256": "0", "training": {"epochs": epochs} | (trained or {}) if training else None},
             "hardware": "an abacus",
+            **({} if classes is None else {"classes": classes}),
         }
         path = repository / "results" / job / (report or kind) / "summary.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -508,6 +510,15 @@ def test_a_run_that_began_from_other_weights_says_from_which(repository, finish)
 def test_a_run_on_fewer_images_says_so(repository, finish):
     finish(images=500)
     assert "first 500 images" in row(repository)
+
+
+def test_a_run_on_a_part_of_the_classes_says_so(repository, finish):
+    finish("tinyimagenet-8c2f", images=1000, epochs=250, classes=20)
+    assert "| 250 epochs, proven at ε = 0.141, 20 of 200 classes |" in row(repository, "tinyimagenet-8c2f")
+    finish("tinyimagenet-8c2f", images=500, epochs=250, classes=20)
+    assert "20 of 200 classes, first 500 images" in row(repository, "tinyimagenet-8c2f")
+    finish("tinyimagenet-8c2f", epochs=250, classes=200)
+    assert "classes" not in row(repository, "tinyimagenet-8c2f")
 
 
 def test_a_checkpoint_that_does_not_know_its_epochs_is_no_scaled_run(repository, finish):

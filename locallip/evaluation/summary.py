@@ -24,6 +24,7 @@ _PACKAGES = ("torch", "torchvision", "numpy", "advertorch")
 def summarize(
     outcome: Outcome,
     args: argparse.Namespace,
+    classes: int,
     checkpoint: Path,
     training: dict | None,
     certificate: dict,
@@ -32,14 +33,16 @@ def summarize(
 ) -> dict:
     """The evaluation in numbers, ready for JSON.
 
-    checkpoint: the evaluated file. training: the arguments it was trained with, if it knows. certificate: its `kind`,
-    `proven` or `estimate`, and what belongs to it. seconds: wall time. stage_seconds: the same of its stages.
+    classes: that the network tells apart. checkpoint: the evaluated file. training: the arguments it was trained with,
+    if it knows. certificate: its `kind`, `proven` or `estimate`, and what belongs to it. seconds: wall time.
+    stage_seconds: the same of its stages.
     """
     by_dual = np.array([is_by_dual(name) for name in outcome.decided_by], dtype=bool)
     return {
         "arguments": vars(args),
         "checkpoint": {"sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), "training": training},
         "images": len(outcome.label),
+        "classes": classes,
         "epsilon": args.epsilon,
         "certificate": certificate,
         "accuracy": {

@@ -26,6 +26,7 @@ class Row:
         paper: published clean / PGD / certified accuracy in percent; None: a recipe that is not the paper's.
         batch_size: of the recipe, in each process.
         data: what the data set is called.
+        classes: of the whole data set.
     """
 
     job: str
@@ -35,8 +36,11 @@ class Row:
     paper: tuple[float, float, float] | None
     batch_size: int
     data: str
+    classes: int
 
 
+# The test images of every data set of the paper.
+_TEST_IMAGES = 10000
 # The marks in the README between which the table stands, and in the report on the results what is said of its rows.
 BEGIN, END = "<!-- table: bash run_job.sh table -->", "<!-- end of table -->"
 BEGIN_REMARKS, END_REMARKS = "<!-- remarks: bash run_job.sh table -->", "<!-- end of remarks -->"
@@ -136,6 +140,7 @@ def _warnings(row: Row, summary: dict) -> list[str]:
     """What a reader has to know before comparing with the paper."""
     training, certificate = summary["checkpoint"]["training"] or {}, summary["certificate"]
     width, epochs = summary["arguments"]["width"], training.get("epochs")
+    classes = summary.get("classes", row.classes)  # older reports are all of whole data sets
     of_all = "" if epochs in (None, row.epochs) else f" of {row.epochs}"
     begun = Path(training.get("start_from") or "").stem.removesuffix("_best")
     behind = f" behind {begun}" if begun else ""
@@ -146,7 +151,9 @@ def _warnings(row: Row, summary: dict) -> list[str]:
         warnings.append(f"{certificate['kind']} at ε = {summary['epsilon']:g}")
     if width != 1:
         warnings.append(f"{width:g} of the width")
-    if summary["images"] != 10000:
+    if classes != row.classes:
+        warnings.append(f"{classes} of {row.classes} classes")
+    if summary["images"] != _TEST_IMAGES * classes // row.classes:
         warnings.append(f"first {summary['images']} images")
     if certificate["clip"]:
         warnings.append("valid images only")
