@@ -27,8 +27,9 @@ from locallip.training.step import Layout, RobustLoss, Step, Tally
 from locallip.training.validation import in_words, validate
 from locallip.training.vectors import StoredVectors
 
-# Power iterations per step of the first resumed epoch, in place of the singular vectors that checkpoints do not hold.
-RESUME_ITERATIONS = 30
+# Steps of the ascent in the first resumed epoch, in place of the singular vectors that checkpoints do not hold: they
+# get closer from those of the whole layers than 30 power iterations do from random ones.
+_RESUME_ITERATIONS = 5
 # Activations that a training has to compute, over all images and epochs, for compilation to pay.
 COMPILE_FROM = 1e10
 # Batches between two looks at the loss; on a GPU every look waits for the device.
@@ -145,11 +146,16 @@ class _Run:
         with tqdm(total=total, initial=first * self.batches, unit="batch", disable=quiet, dynamic_ncols=True) as bar:
             for epoch in range(first, args.epochs):
                 started = time.perf_counter()
-                self.norms.iterations = max(args.sniter, RESUME_ITERATIONS) if 0 < epoch == first else args.sniter
+                self._iterate_more(0 < epoch == first)
                 row = self._train_epoch(epoch, bar) | self._validate(self._has_box(epoch))
                 row["seconds"] = round(time.perf_counter() - started, 2)
                 self._finish_epoch(epoch, row)
         distributed.say(f"best certified error {self.best_error:.2%}: {self.files.best}")
+
+    def _iterate_more(self, is_resumed: bool) -> None:
+        args, norms = self.args, self.norms
+        norms.ascend = args.ascend or is_resumed
+        norms.iterations = max(args.sniter, _RESUME_ITERATIONS) if is_resumed else args.sniter
 
     def _has_box(self, epoch: int) -> bool:
         return epoch >= self.args.global_epochs

@@ -18,9 +18,9 @@ class StoredVectors:
 
     Args:
         images: number of images.
-        shapes: shape of one image's vector, by position.
+        starts: what every image's vector is at first, by position: (1, *shape).
         device: where the vectors are used.
-        seed: of the start vectors.
+        seed: of what little is added to them at random, since a mask may eliminate all that a start vector reaches.
         host_memory: bytes that they may take in host memory; None: any number.
 
     Raises:
@@ -30,20 +30,21 @@ class StoredVectors:
     def __init__(
         self,
         images: int,
-        shapes: Mapping[Position, torch.Size],
+        starts: Mapping[Position, Tensor],
         device: torch.device,
         seed: int = 0,
         host_memory: int | None = None,
     ):
-        self.bytes = 2 * images * sum(shape.numel() for shape in shapes.values())
+        self.bytes = 2 * images * sum(start.numel() for start in starts.values())
         self._used_on = device
         self.device = device if self._fits(device) else torch.device("cpu")
         if self.device.type == "cpu" and host_memory is not None and self.bytes > host_memory:
             raise MemoryError(f"they take {self.bytes / 1e9:,.1f} GB, and {host_memory / 1e9:,.1f} GB are free")
         generator = torch.Generator().manual_seed(seed)
         self._vectors = {}
-        for position, shape in shapes.items():
-            vector = torch.randn(1, *shape, generator=generator) / shape.numel() ** 0.5
+        for position, start in starts.items():
+            shape = start.shape[1:]
+            vector = start.cpu() + 0.1 * torch.randn(1, *shape, generator=generator) / shape.numel() ** 0.5
             # In the order in which training convolves; what is read and written is each image's as a whole anyway.
             order = torch.channels_last if len(shape) == 3 else torch.contiguous_format
             room = torch.empty(images, *shape, dtype=torch.half, device=self.device, memory_format=order)
