@@ -224,6 +224,8 @@ def _file_flags(group: argparse._ArgumentGroup) -> None:
     flag("--output_dir", type=path, default="runs", help="folder of checkpoints and logs")
     flag("--resume", action="store_true", help="go on from the run's last checkpoint")
     flag("--overwrite", action="store_true", help="start afresh even if the prefix has a run already")
+    keep = "write every image's singular vectors too, whose size a start prints, so that a resumed run loses nothing"
+    flag("--keep_vectors", action="store_true", help=keep)
     start_from = "begin with the weights of this file; all else, such as the schedule, is a new run's"
     flag("--start_from", type=path, metavar="CHECKPOINT", help=start_from)
 

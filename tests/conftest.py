@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
@@ -20,6 +19,7 @@ from locallip.checkpoints import save_checkpoint
 from locallip.dependencies import torchvision_datasets
 from locallip.files import run_script
 from locallip.training import run as training_run
+from locallip.training.files import RunFiles
 
 # Tiny networks gain nothing from a second thread, and the suite runs a process on every core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -132,10 +132,7 @@ class Runs:
         self.folder, self.command_line, self.monkeypatch = folder, command_line, monkeypatch
 
     def files(self, name="run"):
-        best, checkpoint, log = (
-            self.folder / name / f"tiny{ending}" for ending in ("_best.pth", "_checkpoint.pth", "_epochs.csv")
-        )
-        return SimpleNamespace(best=best, checkpoint=checkpoint, log=log)
+        return RunFiles(self.folder / name, "tiny")
 
     def contents(self, name="run"):
         return {path.name: path.read_bytes() for path in (self.folder / name).iterdir()}

@@ -259,7 +259,7 @@ def few_digits_script(folder, victim):
 
 
 def test_death_of_a_process_ends_all_names_its_rank_and_the_run_can_be_resumed(tmp_path):
-    files = ["--output_dir", tmp_path, "--prefix", "few"]
+    files = ["--output_dir", tmp_path, "--prefix", "few", "--keep_vectors"]
     started = time.monotonic()
     answer = launch(4, few_digits_script(tmp_path, "2"), *RUN, *files)
     assert time.monotonic() - started < 60
@@ -270,10 +270,13 @@ def test_death_of_a_process_ends_all_names_its_rank_and_the_run_can_be_resumed(t
     checkpoint = checkpoints.load_checkpoint(tmp_path / "few_checkpoint.pth")
     assert (checkpoint["epoch"], len(checkpoint["shuffle"])) == (1, 4)
     first = read_csv(tmp_path / "few_epochs.csv")
+    kept = sorted(path.name for path in tmp_path.glob("*_vectors*"))
+    assert kept == [f"few_vectors_{rank}.pth" for rank in range(4)]
 
     answer = launch(4, few_digits_script(tmp_path, "nobody"), *RUN, *files, "--resume")
     assert answer.code == 0, answer.err
     assert answer.out.count("resuming after epoch 1 of 2") == 1
+    assert "anew" not in answer.out
     rows = read_csv(tmp_path / "few_epochs.csv")
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert rows[:1] == first

@@ -1,4 +1,4 @@
-"""The files of a run. They agree whenever it is killed: two of them can be made again from the third."""
+"""The files of a run. Those that it ends with agree whenever it is killed: the checkpoint makes the others again."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from locallip import distributed
 from locallip.checkpoints import load_checkpoint, save_checkpoint
 from locallip.files import InputError, exists, write_csv
 
@@ -21,6 +22,7 @@ class RunFiles:
         best: the epoch with the smallest certified error on the validation set, the first of several; of its weights
             and their average, the better ones.
         log: one row per epoch.
+        vectors: the singular vectors of this process's images, where they are kept.
 
     Raises:
         InputError: if the prefix ends in no name.
@@ -33,6 +35,8 @@ class RunFiles:
         self.best, self.checkpoint, self.log = (
             stem.with_name(stem.name + ending) for ending in ("_best.pth", "_checkpoint.pth", "_epochs.csv")
         )
+        of_process = f"_{distributed.rank()}" if distributed.processes() > 1 else ""
+        self.vectors = stem.with_name(f"{stem.name}_vectors{of_process}.pth")
 
     def refuse_existing(self) -> None:
         """Refuse a prefix that has a run already.
@@ -40,7 +44,7 @@ class RunFiles:
         Raises:
             InputError: if one of the files exists.
         """
-        for path in (self.best, self.checkpoint, self.log):
+        for path in (self.best, self.checkpoint, self.log, self.vectors):
             if exists(path):
                 raise InputError(f"{path} exists; choose another --prefix, or --resume, or --overwrite")
 

@@ -32,7 +32,14 @@ def seconds_per_epoch(
     parts = (images[: max(1, round(share * len(images)))] for images in (training_set, validation_set))
     with tempfile.TemporaryDirectory() as folder:
         short = {"epochs": _EPOCHS, "warmup": 0, "rampup": 0, "global_epochs": 0 if box else _EPOCHS}
-        alone = {"output_dir": folder, "prefix": "pace", "resume": False, "start_from": None, "compile": "no"}
+        alone = {
+            "output_dir": folder,
+            "prefix": "pace",
+            "resume": False,
+            "start_from": None,
+            "compile": "no",
+            "keep_vectors": False,
+        }
         probe = argparse.Namespace(**vars(args) | short | alone)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             train(copy.deepcopy(model), *parts, probe)

@@ -16,7 +16,7 @@ from locallip import devices, distributed
 from locallip.bound.fused import compile_activations
 from locallip.bound.power_iteration import PowerIteration
 from locallip.checkpoints import load_checkpoint, load_weights
-from locallip.files import InputError, ScriptError, check_writable, first_line
+from locallip.files import InputError, ScriptError, check_writable, exists, first_line
 from locallip.images import Augmentation, ImageSet
 from locallip.training.averaging import AveragedModel
 from locallip.training.files import RunFiles, best_epoch, smallest_error
@@ -53,6 +53,7 @@ def train(
         PREFIX_best.pth        the epoch with the smallest certified error on the validation set, its weights or, with
                                --ema, their average
         PREFIX_epochs.csv      one row per epoch
+        PREFIX_vectors.pth     with --keep_vectors, every image's singular vectors, one file a process
 
     Model and both sets have to be on one device. Errors count an image as certified by the power-iteration estimate.
     Of several processes, each is given the same model and its own part of the sets, and the first writes the files.
@@ -128,6 +129,7 @@ class _Run:
         layout = Layout.of(self.model, image, self.norms.local_positions)
         with distributed.all_or_none():
             stored = self._make_room(layout)
+            self.finds_vectors_anew = args.resume and not self._take_kept(stored)
         pays = layout.activations * len(self.training_set) * (args.epochs - self.epoch) >= COMPILE_FROM
         if args.compile == "yes" or (args.compile == "auto" and pays):
             compile_activations()
@@ -141,21 +143,23 @@ class _Run:
         processes, stored = distributed.processes(), self.step.stored
         each = "" if processes == 1 else f", in each of {processes} processes"
         distributed.say(f"{sum(self.images)} training images, {validated} {held_out if args.val_split else published}")
-        distributed.say(f"singular vectors: {stored.bytes / 1e6:,.1f} MB in half precision on {stored.device}{each}")
+        anew = "; none were kept (--keep_vectors), the first epoch finds them anew" if self.finds_vectors_anew else ""
+        size = f"{stored.bytes / 1e6:,.1f} MB in half precision on {stored.device}"
+        distributed.say(f"singular vectors: {size}{each}{anew}")
         total, quiet = args.epochs * self.batches, None if distributed.is_main() else True
         with tqdm(total=total, initial=first * self.batches, unit="batch", disable=quiet, dynamic_ncols=True) as bar:
             for epoch in range(first, args.epochs):
                 started = time.perf_counter()
-                self._iterate_more(0 < epoch == first)
+                self._iterate(more=epoch == first and self.finds_vectors_anew)
                 row = self._train_epoch(epoch, bar) | self._validate(self._has_box(epoch))
                 row["seconds"] = round(time.perf_counter() - started, 2)
                 self._finish_epoch(epoch, row)
         distributed.say(f"best certified error {self.best_error:.2%}: {self.files.best}")
 
-    def _iterate_more(self, is_resumed: bool) -> None:
+    def _iterate(self, more: bool) -> None:
         args, norms = self.args, self.norms
-        norms.ascend = args.ascend or is_resumed
-        norms.iterations = max(args.sniter, _RESUME_ITERATIONS) if is_resumed else args.sniter
+        norms.ascend = args.ascend or more
+        norms.iterations = max(args.sniter, _RESUME_ITERATIONS) if more else args.sniter
 
     def _has_box(self, epoch: int) -> bool:
         return epoch >= self.args.global_epochs
@@ -225,6 +229,9 @@ class _Run:
         with distributed.all_or_none():
             if distributed.is_main():
                 self.files.save(self._checkpoint(row["validation_certified_error"], shuffles))
+        with distributed.all_or_none():
+            if self.args.keep_vectors and self.step.stored.bytes:
+                self.step.stored.save(self.files.vectors)
         distributed.say(
             f"epoch {self.epoch}/{self.args.epochs}  epsilon {row['epsilon']:.4f}  lr {row['lr']:.2e}  "
             f"loss {row['loss']:.4f}  error: train clean {row['clean_error']:.2%} certified "
@@ -285,6 +292,13 @@ class _Run:
                 f"no room for the singular vectors of {len(self.training_set)} training images in each process: "
                 f"{first_line(error)}; local norms at fewer layers (--indices) or more machines would help"
             ) from None
+
+    def _take_kept(self, stored: StoredVectors) -> bool:
+        """Whether the singular vectors of the run that is resumed were kept, or there are none; takes them."""
+        if stored.bytes and exists(self.files.vectors):
+            stored.load(self.files.vectors)
+            return True
+        return not stored.bytes
 
 
 def _refuse_unknown_positions(indices: list[int] | None, model: nn.Sequential) -> None:

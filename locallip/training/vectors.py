@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from locallip.bound.operators import Position
+from locallip.files import InputError, first_line, write_atomically
 
 
 class StoredVectors:
@@ -65,3 +67,28 @@ class StoredVectors:
         rows = indices.to(self.device)
         for position, kept in self._vectors.items():
             kept[rows] = vectors[position].to(self.device, torch.half)
+
+    def save(self, path: Path) -> None:
+        """Write all vectors to a file.
+
+        Raises:
+            InputError: if it cannot be written.
+        """
+        write_atomically(path, lambda temporary: torch.save(self._vectors, temporary))
+
+    def load(self, path: Path) -> None:
+        """Take all vectors from a file.
+
+        Raises:
+            InputError: if it is damaged, or was written for other images or layers.
+        """
+        way_out = "remove it, and the first epoch finds the vectors anew"
+        try:
+            kept = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            found = {position: vectors.shape for position, vectors in kept.items()}
+        except Exception as error:  # the unpickler fails in many ways on foreign bytes
+            raise InputError(f"{path} is no file of singular vectors ({first_line(error)}); {way_out}") from None
+        if found != {position: vectors.shape for position, vectors in self._vectors.items()}:
+            raise InputError(f"{path} is of other images or layers; {way_out}")
+        for position, vectors in kept.items():
+            self._vectors[position].copy_(vectors)

@@ -20,19 +20,40 @@ def test_a_resumed_run_agrees_with_an_uninterrupted_one(runs, loss):
     assert losses(resumed.log)[2:] == pytest.approx(losses(straight.log)[2:], rel=0.05)
 
 
-def test_but_for_the_singular_vectors_a_resumed_run_is_the_uninterrupted_one(runs, monkeypatch):
+def test_with_the_singular_vectors_kept_a_resumed_run_is_the_uninterrupted_one(runs, capsys):
     straight = runs.train(name="straight")
-    kept, make = [], training_run._Run._make_room
-    monkeypatch.setattr(training_run._Run, "_iterate_more", lambda run, is_resumed: None)
-
-    def make_once(run, layout):
-        if not kept:
-            kept.append(make(run, layout))
-        return kept[0]
-
-    monkeypatch.setattr(training_run._Run, "_make_room", make_once)
-    resumed = runs.train_in_two_parts(name="resumed")
+    resumed = runs.train_in_two_parts("--keep_vectors", name="resumed")
     assert without_seconds(resumed.log) == without_seconds(straight.log)
+    assert "anew" not in capsys.readouterr().out
+
+
+def test_a_resumed_run_says_when_it_has_to_find_singular_vectors_anew(runs, capsys):
+    runs.train_until(3)
+    runs.train("--resume")
+    assert "none were kept (--keep_vectors), the first epoch finds them anew" in capsys.readouterr().out
+
+
+def test_a_run_with_global_norms_alone_has_no_singular_vectors_to_keep_or_to_find(runs, capsys):
+    runs.train_in_two_parts("--global_epochs", 4, "--keep_vectors")
+    assert "anew" not in capsys.readouterr().out
+    assert not runs.files().vectors.exists()
+
+
+def test_singular_vectors_of_other_images_are_refused(runs):
+    runs.train_until(2, "--keep_vectors")
+    vectors = runs.files().vectors
+    kept = torch.load(vectors, weights_only=True)
+    for spoilt in ({}, {position: vector[1:] for position, vector in kept.items()}, [kept]):
+        torch.save(spoilt, vectors)
+        before = runs.contents()
+        with pytest.raises(InputError, match=r"tiny_vectors.pth is .*; remove it, and the first epoch finds"):
+            runs.train("--resume")
+        assert runs.contents() == before
+    vectors.write_bytes(b"no vectors")
+    with pytest.raises(InputError, match="is no file of singular vectors"):
+        runs.train("--resume")
+    vectors.unlink()
+    assert len(read_csv(runs.train("--resume").log)) == 4
 
 
 def test_a_resumed_run_goes_on_with_the_order_of_the_images_and_the_schedule(runs, monkeypatch):
