@@ -439,6 +439,13 @@ def test_a_training_log_beside_the_reports_gives_the_time_and_a_picture(reposito
     assert [path.name for path in (repository / "results").rglob("*.png")] == ["training.png"]
 
 
+@pytest.mark.parametrize(("epochs", "said"), [(3, False), (4, True)])
+def test_a_training_whose_log_ends_early_says_where(repository, finish, epochs, said):
+    finish("mnist-4c3f", epochs=epochs)
+    (repository / "results" / "mnist-4c3f" / "epochs.csv").write_text(EPOCHS)
+    assert ("stopped after 3" in row(repository, "mnist-4c3f")) == said
+
+
 def test_the_drawn_training_shows_the_logged_accuracies_and_the_papers(repository, tmp_path):
     (tmp_path / "epochs.csv").write_text(EPOCHS)
     (row,) = (row for row in ROWS if row.job == "mnist-4c3f")

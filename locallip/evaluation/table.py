@@ -126,6 +126,9 @@ def _compiled(row: Row, by_report: dict[str, dict], epochs: list[dict[str, float
     if len({summary["checkpoint"]["sha256"] for summary in summaries}) > 1:
         warnings["the columns are of different checkpoints"] = None
     if epochs:
+        planned = (summaries[0]["checkpoint"]["training"] or {}).get("epochs", 0)
+        if len(epochs) < planned:
+            warnings[f"stopped after {len(epochs)}"] = None
         seconds = [epoch["seconds"] for epoch in epochs]
         warnings[f"{sum(seconds) / 3600:.1f} h"] = None
         details[f"{np.median(seconds):.0f} s an epoch"] = None
