@@ -36,8 +36,8 @@ class PowerIteration:
         local_positions: layers that masks are made use of at; elsewhere the whole norm stands for the masked one, which
             costs nothing and needs no vectors. None: all.
         skip_idle_masks: images whose masks eliminate nothing get the whole norm and its vector, which are theirs,
-            without iterations.
-            How much work there is then depends on the data, so that a CUDA device has to be waited for.
+            without iterations. How much work there is then depends on the data, so that a CUDA device has to be waited
+            for.
         factors: what convolutions round their factors to, see `norms.Arithmetic`.
         ascend: see above; needs two iterations at least to make a difference.
     """

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from locallip import devices, distributed
+from locallip import distributed
 from locallip.bound.fused import compile_activations
 from locallip.bound.power_iteration import PowerIteration
 from locallip.checkpoints import load_checkpoint, load_weights
-from locallip.files import InputError, ScriptError, check_writable, exists, first_line
+from locallip.files import InputError, ScriptError, check_writable, exists
 from locallip.images import Augmentation, ImageSet
 from locallip.training.averaging import AveragedModel
 from locallip.training.files import RunFiles, best_epoch, smallest_error
@@ -25,11 +25,11 @@ from locallip.training.schedule import Schedule
 from locallip.training.shares import count_batches, loss_weights
 from locallip.training.step import Layout, RobustLoss, Step, Tally
 from locallip.training.validation import in_words, validate
-from locallip.training.vectors import StoredVectors
+from locallip.training.vectors import StoredVectors, make_room
 
-# Steps of the ascent in the first resumed epoch, in place of the singular vectors that checkpoints do not hold: they
-# get closer from those of the whole layers than 30 power iterations do from random ones.
-_RESUME_ITERATIONS = 5
+# Steps of the ascent in an epoch whose singular vectors are new, such as the first one of a resumed run: from those of
+# the whole layers they get closer than 30 power iterations do from random ones.
+_NEW_VECTORS_ITERATIONS = 5
 # Activations that a training has to compute, over all images and epochs, for compilation to pay.
 COMPILE_FROM = 1e10
 # Batches between two looks at the loss; on a GPU every look waits for the device.
@@ -125,15 +125,18 @@ class _Run:
         """The step of the training, with room for the vectors of its images, compiled where that pays."""
         args = self.args
         loss = distributed.wrap(RobustLoss.from_arguments(self.model, self.norms, args), args.ddp)
-        image, _, _ = next(self.training_set[:1].batches(1))
-        layout = Layout.of(self.model, image, self.norms.local_positions)
+        layout = self._layout()
         with distributed.all_or_none():
-            stored = self._make_room(layout)
-            self.finds_vectors_anew = args.resume and not self._take_kept(stored)
+            stored = make_room(len(self.training_set), layout.vectors, self.device, args.seed)
+            self.finds_vectors_anew = args.resume and not self._has_kept(stored)
         pays = layout.activations * len(self.training_set) * (args.epochs - self.epoch) >= COMPILE_FROM
         if args.compile == "yes" or (args.compile == "auto" and pays):
             compile_activations()
         return Step(loss, self.norms, stored, self.optimizer)
+
+    def _layout(self) -> Layout:
+        image, _, _ = next(self.training_set[:1].batches(1))
+        return Layout.of(self.model, image, self.norms.local_positions)
 
     def train(self) -> None:
         first, args = self.epoch, self.args
@@ -143,23 +146,28 @@ class _Run:
         processes, stored = distributed.processes(), self.step.stored
         each = "" if processes == 1 else f", in each of {processes} processes"
         distributed.say(f"{sum(self.images)} training images, {validated} {held_out if args.val_split else published}")
-        anew = "; none were kept (--keep_vectors), the first epoch finds them anew" if self.finds_vectors_anew else ""
+        anew = "; not kept (--keep_vectors), the first epoch finds them anew" if self.finds_vectors_anew else ""
         size = f"{stored.bytes / 1e6:,.1f} MB in half precision on {stored.device}"
         distributed.say(f"singular vectors: {size}{each}{anew}")
         total, quiet = args.epochs * self.batches, None if distributed.is_main() else True
         with tqdm(total=total, initial=first * self.batches, unit="batch", disable=quiet, dynamic_ncols=True) as bar:
             for epoch in range(first, args.epochs):
                 started = time.perf_counter()
-                self._iterate(more=epoch == first and self.finds_vectors_anew)
+                self._begin_epoch(epoch, is_first=epoch == first)
                 row = self._train_epoch(epoch, bar) | self._validate(self._has_box(epoch))
                 row["seconds"] = round(time.perf_counter() - started, 2)
                 self._finish_epoch(epoch, row)
         distributed.say(f"best certified error {self.best_error:.2%}: {self.files.best}")
 
-    def _iterate(self, more: bool) -> None:
+    def _begin_epoch(self, epoch: int, is_first: bool) -> None:
+        """Set the power iterations of its steps; singular vectors begin with the first epoch that uses them."""
         args, norms = self.args, self.norms
-        norms.ascend = args.ascend or more
-        norms.iterations = max(args.sniter, _RESUME_ITERATIONS) if more else args.sniter
+        begins = 0 < epoch == args.global_epochs
+        if begins:
+            self.step.stored.begin(self._layout().vectors)
+        norms.iterations, norms.ascend = args.sniter, args.ascend
+        if begins or (is_first and self.finds_vectors_anew):
+            norms.iterations, norms.ascend = max(args.sniter, _NEW_VECTORS_ITERATIONS), True
 
     def _has_box(self, epoch: int) -> bool:
         return epoch >= self.args.global_epochs
@@ -230,8 +238,7 @@ class _Run:
             if distributed.is_main():
                 self.files.save(self._checkpoint(row["validation_certified_error"], shuffles))
         with distributed.all_or_none():
-            if self.args.keep_vectors and self.step.stored.bytes:
-                self.step.stored.save(self.files.vectors)
+            self._keep_vectors()
         distributed.say(
             f"epoch {self.epoch}/{self.args.epochs}  epsilon {row['epsilon']:.4f}  lr {row['lr']:.2e}  "
             f"loss {row['loss']:.4f}  error: train clean {row['clean_error']:.2%} certified "
@@ -281,24 +288,18 @@ class _Run:
                 self.files.make_good(checkpoint)
         distributed.say(f"resuming after epoch {self.epoch} of {self.args.epochs}")
 
-    def _make_room(self, layout: Layout) -> StoredVectors:
-        """Room for one singular vector per image and layer."""
-        memory = devices.available_memory()
-        share = None if memory is None else memory // distributed.processes_here()
-        try:
-            return StoredVectors(len(self.training_set), layout.vectors, self.device, self.args.seed, share)
-        except (RuntimeError, MemoryError) as error:
-            raise InputError(
-                f"no room for the singular vectors of {len(self.training_set)} training images in each process: "
-                f"{first_line(error)}; local norms at fewer layers (--indices) or more machines would help"
-            ) from None
+    def _keep_vectors(self) -> None:
+        """Write the singular vectors after an epoch; those of another one are of no use any more."""
+        if self.args.keep_vectors and self.step.stored.bytes:
+            self.step.stored.save(self.files.vectors, self.epoch)
+        else:
+            self.files.vectors.unlink(missing_ok=True)
 
-    def _take_kept(self, stored: StoredVectors) -> bool:
-        """Whether the singular vectors of the run that is resumed were kept, or there are none; takes them."""
-        if stored.bytes and exists(self.files.vectors):
-            stored.load(self.files.vectors)
+    def _has_kept(self, stored: StoredVectors) -> bool:
+        """Whether the last epoch's singular vectors were kept, if there are any; takes what was kept."""
+        if not stored.bytes:
             return True
-        return not stored.bytes
+        return exists(self.files.vectors) and stored.load(self.files.vectors) == self.epoch
 
 
 def _refuse_unknown_positions(indices: list[int] | None, model: nn.Sequential) -> None:

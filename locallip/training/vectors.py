@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from locallip import devices, distributed
 from locallip.bound.operators import Position
 from locallip.files import InputError, first_line, write_atomically
 
@@ -42,15 +43,20 @@ class StoredVectors:
         self.device = device if self._fits(device) else torch.device("cpu")
         if self.device.type == "cpu" and host_memory is not None and self.bytes > host_memory:
             raise MemoryError(f"they take {self.bytes / 1e9:,.1f} GB, and {host_memory / 1e9:,.1f} GB are free")
-        generator = torch.Generator().manual_seed(seed)
-        self._vectors = {}
+        self._generator = torch.Generator().manual_seed(seed)
+        self._vectors = {position: self._room(images, start.shape[1:]) for position, start in starts.items()}
+        self.begin(starts)
+
+    def _room(self, images: int, shape: torch.Size) -> Tensor:
+        # In the order in which training convolves; what is read and written is each image's as a whole anyway.
+        order = torch.channels_last if len(shape) == 3 else torch.contiguous_format
+        return torch.empty(images, *shape, dtype=torch.half, device=self.device, memory_format=order)
+
+    def begin(self, starts: Mapping[Position, Tensor]) -> None:
+        """Let every image's vector be this one, nearly, by position: (1, *shape)."""
         for position, start in starts.items():
-            shape = start.shape[1:]
-            vector = start.cpu() + 0.1 * torch.randn(1, *shape, generator=generator) / shape.numel() ** 0.5
-            # In the order in which training convolves; what is read and written is each image's as a whole anyway.
-            order = torch.channels_last if len(shape) == 3 else torch.contiguous_format
-            room = torch.empty(images, *shape, dtype=torch.half, device=self.device, memory_format=order)
-            self._vectors[position] = room.copy_(vector)
+            noise = torch.randn(start.shape, generator=self._generator) / start.numel() ** 0.5
+            self._vectors[position].copy_(start.cpu() + 0.1 * noise)
 
     def _fits(self, device: torch.device) -> bool:
         return device.type != "cuda" or self.bytes <= torch.cuda.mem_get_info(device)[0] / 2
@@ -68,23 +74,25 @@ class StoredVectors:
         for position, kept in self._vectors.items():
             kept[rows] = vectors[position].to(self.device, torch.half)
 
-    def save(self, path: Path) -> None:
-        """Write all vectors to a file.
+    def save(self, path: Path, epoch: int) -> None:
+        """Write all vectors to a file, as they are after an epoch.
 
         Raises:
             InputError: if it cannot be written.
         """
-        write_atomically(path, lambda temporary: torch.save(self._vectors, temporary))
+        kept = {"epoch": epoch, "vectors": self._vectors}
+        write_atomically(path, lambda temporary: torch.save(kept, temporary))
 
-    def load(self, path: Path) -> None:
-        """Take all vectors from a file.
+    def load(self, path: Path) -> int:
+        """Take all vectors from a file; returns the epoch after which they were written.
 
         Raises:
             InputError: if it is damaged, or was written for other images or layers.
         """
         way_out = "remove it, and the first epoch finds the vectors anew"
         try:
-            kept = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            epoch, kept = content["epoch"], content["vectors"]
             found = {position: vectors.shape for position, vectors in kept.items()}
         except Exception as error:  # the unpickler fails in many ways on foreign bytes
             raise InputError(f"{path} is no file of singular vectors ({first_line(error)}); {way_out}") from None
@@ -92,3 +100,21 @@ class StoredVectors:
             raise InputError(f"{path} is of other images or layers; {way_out}")
         for position, vectors in kept.items():
             self._vectors[position].copy_(vectors)
+        return epoch
+
+
+def make_room(images: int, starts: Mapping[Position, Tensor], device: torch.device, seed: int) -> StoredVectors:
+    """Vectors for so many images in each of the processes that share this machine, see `StoredVectors`.
+
+    Raises:
+        InputError: if memory does not suffice for them.
+    """
+    memory = devices.available_memory()
+    share = None if memory is None else memory // distributed.processes_here()
+    try:
+        return StoredVectors(images, starts, device, seed, share)
+    except (RuntimeError, MemoryError) as error:
+        raise InputError(
+            f"no room for the singular vectors of {images} training images in each process: {first_line(error)}; "
+            f"local norms at fewer layers (--indices) or more machines would help"
+        ) from None

@@ -8,6 +8,7 @@ from locallip import checkpoints
 from locallip.files import InputError
 from locallip.training import run as training_run
 from locallip.training import step as training_step
+from locallip.training.vectors import StoredVectors
 
 
 @pytest.mark.parametrize("loss", [[], ["--gloro"]], ids=["bcp", "gloro"])
@@ -30,7 +31,37 @@ def test_with_the_singular_vectors_kept_a_resumed_run_is_the_uninterrupted_one(r
 def test_a_resumed_run_says_when_it_has_to_find_singular_vectors_anew(runs, capsys):
     runs.train_until(3)
     runs.train("--resume")
-    assert "none were kept (--keep_vectors), the first epoch finds them anew" in capsys.readouterr().out
+    assert "not kept (--keep_vectors), the first epoch finds them anew" in capsys.readouterr().out
+
+
+def test_singular_vectors_do_not_outlive_the_epoch_that_they_are_of(runs, capsys):
+    runs.train_until(2, "--keep_vectors")
+    files = runs.files()
+    kept = torch.load(files.vectors, weights_only=True)
+    assert kept["epoch"] == 2
+    torch.save(kept | {"epoch": 1}, files.vectors)  # as when a kill comes between checkpoint and vectors
+    runs.train_until(3, "--resume")
+    assert "finds them anew" in capsys.readouterr().out
+    assert not files.vectors.exists()
+
+
+def test_where_local_norms_begin_after_global_ones_their_vectors_are_new(runs, monkeypatch):
+    begun, begin = [], StoredVectors.begin
+    steps, step = [], training_step.Step.__call__
+
+    def record_begin(stored, starts):
+        begun.append(len(steps))
+        begin(stored, starts)
+
+    def record_step(self, *given):
+        steps.append((self.norms.iterations, self.norms.ascend))
+        return step(self, *given)
+
+    monkeypatch.setattr(StoredVectors, "begin", record_begin)
+    monkeypatch.setattr(training_step.Step, "__call__", record_step)
+    runs.train("--global_epochs", 2, "--sniter", 2)
+    assert begun == [0, 8]  # four steps an epoch
+    assert steps == 8 * [(2, False)] + 4 * [(5, True)] + 4 * [(2, False)]
 
 
 def test_a_run_with_global_norms_alone_has_no_singular_vectors_to_keep_or_to_find(runs, capsys):
@@ -43,7 +74,8 @@ def test_singular_vectors_of_other_images_are_refused(runs):
     runs.train_until(2, "--keep_vectors")
     vectors = runs.files().vectors
     kept = torch.load(vectors, weights_only=True)
-    for spoilt in ({}, {position: vector[1:] for position, vector in kept.items()}, [kept]):
+    fewer = {position: vector[1:] for position, vector in kept["vectors"].items()}
+    for spoilt in ({}, [kept], kept | {"vectors": {}}, kept | {"vectors": fewer}):
         torch.save(spoilt, vectors)
         before = runs.contents()
         with pytest.raises(InputError, match=r"tiny_vectors.pth is .*; remove it, and the first epoch finds"):
