@@ -206,13 +206,13 @@ def test_singular_vectors_that_do_not_fit_are_refused_with_what_would_help(call,
 
 
 def test_local_norms_at_fewer_layers_keep_fewer_vectors(call, few_digits, tmp_path, monkeypatch):
-    kept, make = [], training_run._Run._make_room
+    kept, make = [], training_run.make_room
 
-    def record(run, layout):
-        kept.append(make(run, layout))
+    def record(*given):
+        kept.append(make(*given))
         return kept[-1]
 
-    monkeypatch.setattr(training_run._Run, "_make_room", record)
+    monkeypatch.setattr(training_run, "make_room", record)
     few = ["--epochs", 1, "--rampup", 0, "--test_sniter", 2, "--overwrite", "--output_dir", tmp_path]
     for flags in (["--indices", "9,11"], ["--indices", "0,9,11"], []):
         assert call("train_mnist", *TINY, *few, *flags).code == 0
