@@ -76,7 +76,7 @@ class Bench:
         self.model, self.images = model.to(memory_format=torch.channels_last), channels_last(x)
         layout = Layout.of(self.model, self.images[:1], args.indices)
         images = DATA_SETS[args.data].training_images // utils.RECIPES[args.data].processes
-        self.stored_bytes = 2 * images * sum(start.numel() for start in layout.vectors.values())
+        self.stored_bytes = 2 * images * sum(shape.numel() for shape in layout.vectors.values())
         self.steps = {"all": self._robust_step(args, layout, y, skip=False)}
         if device.type == "cpu":
             self.steps["idle skipped"] = self._robust_step(args, layout, y, skip=True)

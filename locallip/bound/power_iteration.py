@@ -35,9 +35,8 @@ class PowerIteration:
         seed: of the random start vectors where none are given.
         local_positions: layers that masks are made use of at; elsewhere the whole norm stands for the masked one, which
             costs nothing and needs no vectors. None: all.
-        skip_idle_masks: images whose masks eliminate nothing get the whole norm and its vector, which are theirs,
-            without iterations. How much work there is then depends on the data, so that a CUDA device has to be waited
-            for.
+        skip_idle_masks: images whose masks eliminate nothing get the whole norm, which is theirs, without iterations.
+            How much work there is then depends on the data, so that a CUDA device has to be waited for.
         factors: what convolutions round their factors to, see `norms.Arithmetic`.
         ascend: see above; needs two iterations at least to make a difference.
     """
@@ -60,7 +59,7 @@ class PowerIteration:
         self.iterations = iterations
         self.local_positions = local_positions
         self.skip_idle_masks = skip_idle_masks
-        self.ascend = ascend
+        self._improve = _ascent if ascend else _power
         self.arithmetic = Arithmetic(factors=factors)
         self.local_vectors = dict(local_vectors or {})
         self.global_vectors = dict(global_vectors or {})
@@ -101,19 +100,13 @@ class PowerIteration:
         if len(images) == count:
             norm, self.local_vectors[position] = self._iterate(operator, start, rows, columns)
             return norm
-        own, whole, vectors = start[images], whole.expand(count), self._whole_vector(operator, start)
+        whole, self.local_vectors[position] = whole.expand(count), start
         if not len(images):
-            self.local_vectors[position] = vectors
             return whole
         rows, columns = (None if mask is None else mask[images] for mask in (rows, columns))
-        norm, own = self._iterate(operator, own, rows, columns)
-        self.local_vectors[position] = vectors.index_copy(0, images, own)
+        norm, vectors = self._iterate(operator, start[images], rows, columns)
+        self.local_vectors[position] = start.index_copy(0, images, vectors)
         return whole.index_copy(0, images, norm)
-
-    def _whole_vector(self, operator: LinearOperator, start: Tensor) -> Tensor:
-        """For every image the vector of the whole norm, where it lives on the side of the start vectors (N, *shape)."""
-        known = self.global_vectors.get(operator.position)
-        return start if known is None or known.shape[1:] != start.shape[1:] else known.expand_as(start)
 
     def _random(self, count: int, operator: LinearOperator) -> Tensor:
         shape = min(operator.input_shape, operator.output_shape, key=torch.Size.numel)
@@ -136,7 +129,6 @@ class PowerIteration:
         """One norm per start vector and the vectors after the run, on the side of the start vectors."""
         rows, columns = (None if mask is None else mask.to(start.dtype) for mask in (rows, columns))
         scaled = operator.scaled
-        improve = _ascent if self.ascend else _power
 
         def forward(u: Tensor) -> Tensor:
             return _switch_off(scaled.apply(u), rows)
@@ -149,7 +141,7 @@ class PowerIteration:
             u = _begin(start, columns) if on_input else unit(backward(_begin(start, rows)))[0]
             v = forward(u)
             for _ in range(self.iterations - 1):
-                u, v = improve(u, v, forward, backward)
+                u, v = self._improve(u, v, forward, backward)
             if on_input:
                 u, length = unit(backward(v))
                 shrink = reciprocal(length_before := lengths(v))

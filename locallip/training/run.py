@@ -27,9 +27,8 @@ from locallip.training.step import Layout, RobustLoss, Step, Tally
 from locallip.training.validation import in_words, validate
 from locallip.training.vectors import StoredVectors, make_room
 
-# Steps of the ascent in an epoch whose singular vectors are new, such as the first one of a resumed run: from those of
-# the whole layers they get closer than 30 power iterations do from random ones.
-_NEW_VECTORS_ITERATIONS = 5
+# Power iterations per step of the first resumed epoch, in place of singular vectors that were not kept.
+RESUME_ITERATIONS = 30
 # Activations that a training has to compute, over all images and epochs, for compilation to pay.
 COMPILE_FROM = 1e10
 # Batches between two looks at the loss; on a GPU every look waits for the device.
@@ -125,7 +124,8 @@ class _Run:
         """The step of the training, with room for the vectors of its images, compiled where that pays."""
         args = self.args
         loss = distributed.wrap(RobustLoss.from_arguments(self.model, self.norms, args), args.ddp)
-        layout = self._layout()
+        image, _, _ = next(self.training_set[:1].batches(1))
+        layout = Layout.of(self.model, image, self.norms.local_positions)
         with distributed.all_or_none():
             stored = make_room(len(self.training_set), layout.vectors, self.device, args.seed)
             self.finds_vectors_anew = args.resume and not self._has_kept(stored)
@@ -133,10 +133,6 @@ class _Run:
         if args.compile == "yes" or (args.compile == "auto" and pays):
             compile_activations()
         return Step(loss, self.norms, stored, self.optimizer)
-
-    def _layout(self) -> Layout:
-        image, _, _ = next(self.training_set[:1].batches(1))
-        return Layout.of(self.model, image, self.norms.local_positions)
 
     def train(self) -> None:
         first, args = self.epoch, self.args
@@ -153,21 +149,12 @@ class _Run:
         with tqdm(total=total, initial=first * self.batches, unit="batch", disable=quiet, dynamic_ncols=True) as bar:
             for epoch in range(first, args.epochs):
                 started = time.perf_counter()
-                self._begin_epoch(epoch, is_first=epoch == first)
+                is_new = epoch == first and self.finds_vectors_anew
+                self.norms.iterations = max(args.sniter, RESUME_ITERATIONS) if is_new else args.sniter
                 row = self._train_epoch(epoch, bar) | self._validate(self._has_box(epoch))
                 row["seconds"] = round(time.perf_counter() - started, 2)
                 self._finish_epoch(epoch, row)
         distributed.say(f"best certified error {self.best_error:.2%}: {self.files.best}")
-
-    def _begin_epoch(self, epoch: int, is_first: bool) -> None:
-        """Set the power iterations of its steps; singular vectors begin with the first epoch that uses them."""
-        args, norms = self.args, self.norms
-        begins = 0 < epoch == args.global_epochs
-        if begins:
-            self.step.stored.begin(self._layout().vectors)
-        norms.iterations, norms.ascend = args.sniter, args.ascend
-        if begins or (is_first and self.finds_vectors_anew):
-            norms.iterations, norms.ascend = max(args.sniter, _NEW_VECTORS_ITERATIONS), True
 
     def _has_box(self, epoch: int) -> bool:
         return epoch >= self.args.global_epochs

@@ -19,9 +19,6 @@ from locallip.bound.worst_case import worst_logits, worst_margin
 from locallip.training.losses import LOSSES, Situation
 from locallip.training.vectors import StoredVectors
 
-# For the leading singular vectors of whole layers, one image's worth of work.
-_PROBE_ITERATIONS = 30
-
 
 class RobustLoss(nn.Module):
     """Clean pass, bound and loss as one forward pass, so that gradients can be averaged over processes.
@@ -139,19 +136,19 @@ class Layout:
     """What one image shows about a network.
 
     Attributes:
-        vectors: by position of a layer with local norms, the leading singular vector of the whole layer: (1, *shape).
+        vectors: by position of a layer with local norms, the shape of its singular vector.
         activations: number of them.
     """
 
-    vectors: dict[Position, Tensor]
+    vectors: dict[Position, torch.Size]
     activations: int
 
     @classmethod
     @torch.no_grad()
     def of(cls, model: nn.Sequential, image: Tensor, local_positions: Collection[int] | None = None) -> Layout:
         """Layout of a model, local norms at these positions only. image: (1, C, H, W)."""
-        probe = PowerIteration(_PROBE_ITERATIONS, local_positions=local_positions)
+        probe = PowerIteration(1, local_positions=local_positions)
         bound = propagate(model, image, 0.0, probe)
-        vectors = {position: probe.global_vectors[position] for position in probe.local_vectors}
+        vectors = {position: vector.shape[1:] for position, vector in probe.local_vectors.items()}
         activations = sum(layer.numel() for position, layer in bound.varying.items() if position not in bound.masks)
         return cls(vectors, activations)

@@ -21,9 +21,9 @@ class StoredVectors:
 
     Args:
         images: number of images.
-        starts: what every image's vector is at first, by position: (1, *shape).
+        shapes: shape of one image's vector, by position.
         device: where the vectors are used.
-        seed: of what little is added to them at random, since a mask may eliminate all that a start vector reaches.
+        seed: of the start vectors.
         host_memory: bytes that they may take in host memory; None: any number.
 
     Raises:
@@ -33,30 +33,24 @@ class StoredVectors:
     def __init__(
         self,
         images: int,
-        starts: Mapping[Position, Tensor],
+        shapes: Mapping[Position, torch.Size],
         device: torch.device,
         seed: int = 0,
         host_memory: int | None = None,
     ):
-        self.bytes = 2 * images * sum(start.numel() for start in starts.values())
+        self.bytes = 2 * images * sum(shape.numel() for shape in shapes.values())
         self._used_on = device
         self.device = device if self._fits(device) else torch.device("cpu")
         if self.device.type == "cpu" and host_memory is not None and self.bytes > host_memory:
             raise MemoryError(f"they take {self.bytes / 1e9:,.1f} GB, and {host_memory / 1e9:,.1f} GB are free")
-        self._generator = torch.Generator().manual_seed(seed)
-        self._vectors = {position: self._room(images, start.shape[1:]) for position, start in starts.items()}
-        self.begin(starts)
-
-    def _room(self, images: int, shape: torch.Size) -> Tensor:
-        # In the order in which training convolves; what is read and written is each image's as a whole anyway.
-        order = torch.channels_last if len(shape) == 3 else torch.contiguous_format
-        return torch.empty(images, *shape, dtype=torch.half, device=self.device, memory_format=order)
-
-    def begin(self, starts: Mapping[Position, Tensor]) -> None:
-        """Let every image's vector be this one, nearly, by position: (1, *shape)."""
-        for position, start in starts.items():
-            noise = torch.randn(start.shape, generator=self._generator) / start.numel() ** 0.5
-            self._vectors[position].copy_(start.cpu() + 0.1 * noise)
+        generator = torch.Generator().manual_seed(seed)
+        self._vectors = {}
+        for position, shape in shapes.items():
+            vector = torch.randn(1, *shape, generator=generator) / shape.numel() ** 0.5
+            # In the order in which training convolves; what is read and written is each image's as a whole anyway.
+            order = torch.channels_last if len(shape) == 3 else torch.contiguous_format
+            room = torch.empty(images, *shape, dtype=torch.half, device=self.device, memory_format=order)
+            self._vectors[position] = room.copy_(vector)
 
     def _fits(self, device: torch.device) -> bool:
         return device.type != "cuda" or self.bytes <= torch.cuda.mem_get_info(device)[0] / 2
@@ -103,7 +97,7 @@ class StoredVectors:
         return epoch
 
 
-def make_room(images: int, starts: Mapping[Position, Tensor], device: torch.device, seed: int) -> StoredVectors:
+def make_room(images: int, shapes: Mapping[Position, torch.Size], device: torch.device, seed: int) -> StoredVectors:
     """Vectors for so many images in each of the processes that share this machine, see `StoredVectors`.
 
     Raises:
@@ -112,7 +106,7 @@ def make_room(images: int, starts: Mapping[Position, Tensor], device: torch.devi
     memory = devices.available_memory()
     share = None if memory is None else memory // distributed.processes_here()
     try:
-        return StoredVectors(images, starts, device, seed, share)
+        return StoredVectors(images, shapes, device, seed, share)
     except (RuntimeError, MemoryError) as error:
         raise InputError(
             f"no room for the singular vectors of {images} training images in each process: {first_line(error)}; "

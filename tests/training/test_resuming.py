@@ -8,7 +8,6 @@ from locallip import checkpoints
 from locallip.files import InputError
 from locallip.training import run as training_run
 from locallip.training import step as training_step
-from locallip.training.vectors import StoredVectors
 
 
 @pytest.mark.parametrize("loss", [[], ["--gloro"]], ids=["bcp", "gloro"])
@@ -43,25 +42,6 @@ def test_singular_vectors_do_not_outlive_the_epoch_that_they_are_of(runs, capsys
     runs.train_until(3, "--resume")
     assert "finds them anew" in capsys.readouterr().out
     assert not files.vectors.exists()
-
-
-def test_where_local_norms_begin_after_global_ones_their_vectors_are_new(runs, monkeypatch):
-    begun, begin = [], StoredVectors.begin
-    steps, step = [], training_step.Step.__call__
-
-    def record_begin(stored, starts):
-        begun.append(len(steps))
-        begin(stored, starts)
-
-    def record_step(self, *given):
-        steps.append((self.norms.iterations, self.norms.ascend))
-        return step(self, *given)
-
-    monkeypatch.setattr(StoredVectors, "begin", record_begin)
-    monkeypatch.setattr(training_step.Step, "__call__", record_step)
-    runs.train("--global_epochs", 2, "--sniter", 2)
-    assert begun == [0, 8]  # four steps an epoch
-    assert steps == 8 * [(2, False)] + 4 * [(5, True)] + 4 * [(2, False)]
 
 
 def test_a_run_with_global_norms_alone_has_no_singular_vectors_to_keep_or_to_find(runs, capsys):
