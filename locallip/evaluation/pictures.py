@@ -175,10 +175,11 @@ def over_minutes(axes: Axes, trainings: Sequence[tuple[Row, list[dict[str, float
 
     trainings: what was trained, and the rows of its log.
     """
-    for (row, epochs), color in zip(trainings, itertools.cycle((LOCAL, INK, ATTACK, GLOBAL))):
+    looks = itertools.product(("-", "-.", ":"), (LOCAL, INK, ATTACK, GLOBAL))
+    for (row, epochs), (style, color) in zip(trainings, itertools.cycle(looks)):
         minutes = np.cumsum([epoch["seconds"] for epoch in epochs]) / 60
         certified = [100 * (1 - epoch["validation_certified_error"]) for epoch in epochs]
-        axes.plot(minutes, certified, color=color, label=f"{row.job}, {len(epochs)} of {row.epochs} epochs")
+        axes.plot(minutes, certified, style, color=color, label=f"{row.job}, {len(epochs)} of {row.epochs} epochs")
     papers = [row.paper[2] for row, _ in trainings if row.paper is not None]
     for best in papers and [max(papers)]:
         axes.axhline(best, color=INK, linewidth=0.8, linestyle="--", label=f"the paper's best at the end, {best:.1f}")
