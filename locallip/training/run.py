@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -279,7 +280,8 @@ class _Run:
         """Write the singular vectors after an epoch; those of another one are of no use any more."""
         if self.args.keep_vectors and self.step.stored.bytes:
             self.step.stored.save(self.files.vectors, self.epoch)
-        else:
+            return
+        with contextlib.suppress(OSError):  # what stays says which epoch it is of
             self.files.vectors.unlink(missing_ok=True)
 
     def _has_kept(self, stored: StoredVectors) -> bool:
