@@ -14,7 +14,7 @@ from torch import nn
 
 from data_load import DATA_SETS, count_classes, load_data
 from locallip import distributed
-from locallip.bound.layers import ClampGroupSort, ReLU_x
+from locallip.bound.layers import ClampGroupSort, MaxMin, ReLU_x
 from locallip.files import InputError
 from locallip.flags import (
     ArgumentParser,
@@ -44,7 +44,7 @@ class Architecture:
     Attributes:
         convolutions: (channels, kernel, stride, padding) of each.
         hidden: sizes of the hidden dense layers.
-        activation: `relux`, `relu` or `clmaxmin`.
+        activation: `relux`, `relu`, `clmaxmin` or `maxmin`.
         thresholds: for `clmaxmin` the start values (max, min) by layer.
     """
 
@@ -57,7 +57,9 @@ class Architecture:
         """The activation behind hidden layer number `layer`, whose outputs have this shape."""
         if self.activation == "clmaxmin":
             return ClampGroupSort(shape, *self.thresholds[layer])
-        return ReLU_x(shape, init) if self.activation == "relux" else nn.ReLU()
+        if self.activation == "relux":
+            return ReLU_x(shape, init)
+        return MaxMin() if self.activation == "maxmin" else nn.ReLU()
 
 
 _4C3F = Architecture(((32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)), (512, 512))
@@ -77,11 +79,13 @@ _ARCHITECTURES = {
         "relux": _4C3F,
         "standrelu": replace(_4C3F, activation="relu"),
         "c4f3_clmaxmin": replace(_4C3F, activation="clmaxmin", thresholds=((1.0, -1.0),) * 6),
+        "c4f3_maxmin": replace(_4C3F, activation="maxmin"),
     },
     "cifar10": {
         "relux": _4C3F,
         "c6f2_relux": _6C2F,
         "c6f2_clmaxmin": replace(_6C2F, activation="clmaxmin", thresholds=_6C2F_THRESHOLDS),
+        "c6f2_maxmin": replace(_6C2F, activation="maxmin"),
         "standrelu": replace(_6C2F, activation="relu"),
     },
     "tinyimagenet": {
@@ -126,7 +130,7 @@ def select_model(
     if not 0 < width <= 16:
         raise InputError(f"--width must lie in (0, 16], got {width}")
     architecture = MODELS[data][model]
-    even = 2 if architecture.activation == "clmaxmin" else 1
+    even = 2 if architecture.activation in ("clmaxmin", "maxmin") else 1
 
     def scaled(units: int) -> int:
         return max(1, round(units * width / even)) * even

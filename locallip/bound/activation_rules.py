@@ -20,7 +20,7 @@ from locallip.bound.rules import (
     shape_of,
     window_settings,
 )
-from locallip.bound.sorting import PlainMaxMin, SortedGroups
+from locallip.bound.sorting import SortedGroups
 
 
 @rule(nn.ReLU)
@@ -47,7 +47,7 @@ def _clipped_maxmin(layer: ClampGroupSort, place: Place) -> Activation:
 def _maxmin(layer: MaxMin, place: Place) -> Activation:
     if place.shape[0] % 2:
         refuse(place, layer, f"pairs the channels, so their number must be even, not {place.shape[0]}")
-    return PlainMaxMin()
+    return ClippedMaxMin(-math.inf, math.inf)
 
 
 @rule(GroupSort)

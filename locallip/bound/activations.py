@@ -150,8 +150,9 @@ class _Thresholds(Activation):
         return CenteredRegion(stack, half), varying
 
     def _fits(self, x: Tensor) -> bool:
-        """Whether the thresholds have the dimensions of the activations (N, ...), so that they need no broadcasting."""
-        return all(t.dim() == x.dim() for t in (self.low, self.high) if isinstance(t, Tensor))
+        """Whether the passes can pair these activations (N, ...), and the thresholds need no broadcasting."""
+        paired = not self.pairs or x.dim() in (2, 4)
+        return paired and all(t.dim() == x.dim() for t in (self.low, self.high) if isinstance(t, Tensor))
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,11 +186,11 @@ class ClippedMaxMin(_Thresholds):
     """Channels in halves a | b become min(max(a, b), high) | max(min(a, b), low).
 
     Attributes:
-        low, high: tensors (1, C / 2, ...).
+        low, high: tensors (1, C / 2, ...), or numbers, infinite ones for MaxMin that clips nothing.
     """
 
-    low: Tensor
-    high: Tensor
+    low: Threshold
+    high: Threshold
     pairs: ClassVar[bool] = True
     elementwise = False
 
@@ -201,6 +202,8 @@ class ClippedMaxMin(_Thresholds):
         return ClippedPairs(self.low, self.high)
 
     def slack(self, region: Region, weight: float) -> Tensor:
+        if not isinstance(self.high, Tensor):
+            return super().slack(region, weight)
         larger, smaller = _pair_ends(region.lower, region.upper)
         return torch.relu(self.high - larger).mean() + torch.relu(smaller - self.low).mean()
 

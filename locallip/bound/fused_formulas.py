@@ -30,11 +30,9 @@ def forward(
     larger_center, larger_lower, larger_upper = (torch.maximum(a, b) for a, b in zip(first, second))
     smaller_center, smaller_lower, smaller_upper = (torch.minimum(a, b) for a, b in zip(first, second))
     varying = _join((~(larger_lower >= high)).to(half.dtype), (~(smaller_upper <= low)).to(half.dtype))
-    larger_center, larger_lower, larger_upper = (
-        torch.minimum(x, high) for x in (larger_center, larger_lower, larger_upper)
-    )
+    larger_center, larger_lower, larger_upper = (_at_most(x, high) for x in (larger_center, larger_lower, larger_upper))
     smaller_center, smaller_lower, smaller_upper = (
-        torch.maximum(x, low) for x in (smaller_center, smaller_lower, smaller_upper)
+        _at_least(x, low) for x in (smaller_center, smaller_lower, smaller_upper)
     )
     center = _join(larger_center, smaller_center)
     middle = _join((larger_upper + larger_lower) * 0.5, (smaller_upper + smaller_lower) * 0.5)
@@ -68,7 +66,7 @@ def backward(
         grads_b.append(grad_b)
         grad_low, grad_high = grad_low + at_low, grad_high + at_high
     joined = (_join(a, b) for a, b in zip(_cut_backward(grads_a, *parts[0]), _cut_backward(grads_b, *parts[1])))
-    return *joined, grad_low, grad_high
+    return *joined, grad_low if isinstance(low, Tensor) else None, grad_high if isinstance(high, Tensor) else None
 
 
 def _cut(stack: Tensor, half: Tensor, reach: Tensor) -> Ends:
@@ -100,7 +98,7 @@ def clipped(x: Tensor, low: Threshold, high: Threshold, pairs: bool) -> Tensor:
     if not pairs:
         return _clip(x, low, high)
     a, b = x.unbind(-2)
-    return _join(torch.minimum(torch.maximum(a, b), high), torch.maximum(torch.minimum(a, b), low))
+    return _join(_at_most(torch.maximum(a, b), high), _at_least(torch.minimum(a, b), low))
 
 
 def clipped_backward(
@@ -125,7 +123,14 @@ def _pairs_backward(
 
 
 def _clip(x: Tensor, low: Threshold, high: Threshold) -> Tensor:
-    x = torch.maximum(x, low) if isinstance(low, Tensor) else x.clamp(min=low)
+    return _at_most(_at_least(x, low), high)
+
+
+def _at_least(x: Tensor, low: Threshold) -> Tensor:
+    return torch.maximum(x, low) if isinstance(low, Tensor) else x.clamp(min=low)
+
+
+def _at_most(x: Tensor, high: Threshold) -> Tensor:
     return torch.minimum(x, high) if isinstance(high, Tensor) else x.clamp(max=high)
 
 

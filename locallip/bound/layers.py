@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from locallip.bound.activations import Clip, ClippedMaxMin
-from locallip.bound.sorting import PlainMaxMin, SortedGroups
+from locallip.bound.sorting import SortedGroups
 
 
 def _feature_shape(input_size: int | Sequence[int]) -> tuple[int, ...]:
@@ -66,7 +66,10 @@ class MaxMin(nn.Module):
     """The channels split in halves a | b, out = [max(a, b), min(a, b)]: it keeps the length of every gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return PlainMaxMin()(x)
+        if x.shape[1] % 2:
+            raise ValueError(f"MaxMin pairs the channels, so their number must be even, got {x.shape[1]}")
+        a, b = x.chunk(2, dim=1)
+        return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], dim=1)
 
 
 class GroupSort(nn.Module):

@@ -12,28 +12,6 @@ import torch
 from torch import Tensor
 
 from locallip.bound.activations import Activation
-from locallip.bound.dual.maxima import DualActivation
-from locallip.bound.dual.pairs import ClippedPairs
-
-
-@dataclass(frozen=True, eq=False)
-class PlainMaxMin(Activation):
-    """Channels in halves a | b become max(a, b) | min(a, b)."""
-
-    elementwise = False
-    rounding = 0.0
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[1] % 2:
-            raise ValueError(f"MaxMin pairs the channels, so their number must be even, got {x.shape[1]}")
-        a, b = x.chunk(2, dim=1)
-        return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], dim=1)
-
-    def varying(self, lower: Tensor, upper: Tensor) -> Tensor:
-        return torch.ones_like(lower, dtype=torch.bool)  # without thresholds nothing rests
-
-    def in_dual(self) -> DualActivation:
-        return ClippedPairs(-torch.inf, torch.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,4 +32,4 @@ class SortedGroups(Activation):
         return x.unflatten(1, (-1, self.group_size)).sort(dim=2).values.flatten(1, 2)
 
     def varying(self, lower: Tensor, upper: Tensor) -> Tensor:
-        return torch.ones_like(lower, dtype=torch.bool)
+        return torch.ones_like(lower, dtype=torch.bool)  # without thresholds nothing rests
