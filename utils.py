@@ -111,9 +111,10 @@ def select_model(
     Args:
         data: `mnist`, `digits`, `cifar10` or `tinyimagenet`.
         model: `relux` (4C3F with clipped ReLU) or `standrelu` (plain ReLU, 4C3F or for CIFAR-10 6C2F); for MNIST also
-            `c4f3_clmaxmin` (4C3F with clipped MaxMin, thresholds at +-1), which is no published one; for CIFAR-10 also
-            `c6f2_relux` (6C2F with clipped ReLU) and `c6f2_clmaxmin` (6C2F with clipped MaxMin); for Tiny ImageNet
-            `tinyimagenet_relux` and `tiny_clmaxmin` (8C2F with either).
+            `c4f3_clmaxmin` (4C3F with clipped MaxMin, thresholds at +-1), which is no published one, and `c4f3_maxmin`;
+            for CIFAR-10 also `c6f2_relux` (6C2F with clipped ReLU), `c6f2_clmaxmin` (6C2F with clipped MaxMin) and
+            `c6f2_maxmin`; for Tiny ImageNet `tinyimagenet_relux` and `tiny_clmaxmin` (8C2F with either). Those with
+            `maxmin` clip nothing.
         init: start value of the thresholds of clipped ReLU; those of clipped MaxMin are the published ones.
         width: fraction of the published number of channels and hidden units.
         classes: number of logits; default: the data set's.

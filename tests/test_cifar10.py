@@ -26,7 +26,7 @@ from locallip.files import InputError
 from locallip.images import ImageSet, crop_and_flip
 from locallip.training import run as training_run
 
-MODELS = ("relux", "c6f2_relux", "c6f2_clmaxmin", "standrelu")
+MODELS = ("relux", "c6f2_relux", "c6f2_clmaxmin", "c6f2_maxmin", "standrelu")
 CLIPPED = ("relux", "c6f2_relux")
 
 # --- architectures
@@ -42,6 +42,7 @@ def count(model, *names):
         ("relux", 2_466_858, 62_464),
         ("c6f2_relux", 2_250_378, 111_104),
         ("c6f2_clmaxmin", 2_250_378, 111_104),
+        ("c6f2_maxmin", 2_250_378, 0),
         ("standrelu", 2_250_378, 0),
     ],
 )
@@ -92,9 +93,10 @@ def test_the_flag_init_reaches_every_clipped_net(command_line, monkeypatch, name
     assert all((layer.threshold == 0.75).all() for layer in nets[0] if isinstance(layer, ReLU_x))
 
 
+@pytest.mark.parametrize("name", ["c6f2_clmaxmin", "c6f2_maxmin"])
 @pytest.mark.parametrize("width", [1e-6, 0.03, 0.1, 1 / 3, 0.7, 1.1])
-def test_any_width_leaves_clipped_maxmin_pairs_of_channels(width):
-    model = utils.select_model("cifar10", "c6f2_clmaxmin", width=width)
+def test_any_width_leaves_maxmin_pairs_of_channels(width, name):
+    model = utils.select_model("cifar10", name, width=width)
     sizes = [len(layer.weight) for layer in model[:-1] if isinstance(layer, nn.Conv2d | nn.Linear)]
     assert all(size >= 2 and size % 2 == 0 for size in sizes)
     assert model(torch.rand(1, 3, 32, 32)).shape == (1, 10)

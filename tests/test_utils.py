@@ -137,9 +137,14 @@ def test_orthogonal_layers_start_with_spectral_norms_of_at_most_1(data, model):
     torch.testing.assert_close(weight @ weight.T, torch.eye(len(weight)), atol=1e-5, rtol=0)
 
 
-def test_4c3f_with_maxmin_has_the_shape_of_the_published_net_and_thresholds_at_1():
-    ours, published = (utils.select_model("mnist", model) for model in ("c4f3_clmaxmin", "relux"))
+@pytest.mark.parametrize("model", ["c4f3_clmaxmin", "c4f3_maxmin"])
+def test_4c3f_with_maxmin_has_the_shape_of_the_published_net(model):
+    ours, published = (utils.select_model("mnist", name) for name in (model, "relux"))
     assert parameters(ours, "weight", "bias") == parameters(published, "weight", "bias")
+
+
+def test_the_thresholds_of_4c3f_with_clipped_maxmin_start_at_1():
+    ours = utils.select_model("mnist", "c4f3_clmaxmin")
     thresholds = [layer for layer in ours if isinstance(layer, ClampGroupSort)]
     assert len(thresholds) == 6
     assert all((layer.max == 1).all() and (layer.min == -1).all() for layer in thresholds)
