@@ -1,7 +1,7 @@
-"""Activations that sort channels and clip nothing.
+"""An activation that sorts channels in groups of any size; `activations` has the one for pairs.
 
-What they give is a rearrangement of what they are given, so they keep the length of every step that does not change the
-order, and their constant is 1.
+What it gives is a rearrangement of what it is given, so it keeps the length of every step that does not change the
+order, and its constant is 1.
 """
 
 from __future__ import annotations
