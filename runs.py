@@ -182,7 +182,7 @@ RUNS = (
         "mnist",
         "4C3F, clipped MaxMin, global norms, falling rate, averaged weights",
         "c4f3_clmaxmin",
-        "--epochs 40 --orthogonal --global_epochs 40 --rampup 20 --sniter 2 --batch_size 64 --epsilon_train 1.75 "
+        "--epochs 40 --orthogonal --global_epochs 40 --rampup 20 --sniter 2 --batch_size 64 --epsilon_train 1.25 "
         "--gloro --no_augmentation --lr_scheduler linear --end_lr 1e-5 --ema 0.999",
         "maxmin/mnist_fast",
         took="1.1 h on one core",
@@ -232,6 +232,16 @@ RUNS = (
         "--epsilon_train 0.1551 --loss emma --lr_scheduler linear --end_lr 1e-5 --ema 0.999",
         "maxmin/cifar_fast",
         took="1.2 h on one core",
+    ),
+    Run(
+        "cifar10-maxmin",
+        "cifar10",
+        "6C2F, MaxMin without thresholds, otherwise cifar10-fast",
+        "c6f2_maxmin",
+        "--epochs 30 --orthogonal --global_epochs 30 --warmup 0 --rampup 15 --sniter 2 --batch_size 32 "
+        "--epsilon_train 0.1551 --loss emma --lr_scheduler linear --end_lr 1e-5 --ema 0.999",
+        "maxmin/cifar_maxmin",
+        took="1.1 h on one core",
     ),
     Run(
         "cifar10-best",
