@@ -457,6 +457,17 @@ def test_the_drawn_training_shows_the_logged_accuracies_and_the_papers(repositor
     assert {text.get_text() for text in axes.texts} == {"paper 96.3", "paper 55.8"}
 
 
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.job)
+def test_the_title_of_a_training_fits_its_picture(row, tmp_path):
+    (tmp_path / "epochs.csv").write_text(EPOCHS)
+    with pictures.drawing(tmp_path / "training.png") as axes:
+        pictures.training(axes, table.read_epochs(tmp_path), row)
+    axes.figure.draw_without_rendering()  # at the figure's own resolution again
+    extent, picture = axes._left_title.get_window_extent(), axes.figure.bbox
+    assert picture.x0 <= extent.x0 < extent.x1 <= picture.x1
+    assert extent.y1 <= picture.y1
+
+
 def test_trainings_on_one_data_set_are_drawn_beside_each_other(repository, finish, tmp_path):
     for job in ("mnist-4c3f", "mnist-fast", "cifar10-4c3f"):
         finish(job)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from locallip.evaluation.table import Row
 
+# Letters of a title that fit above a picture.
+_TITLE = 78
 LOCAL, GLOBAL, ATTACK, INK = "#1f6feb", "#8b949e", "#d1542b", "#24292f"
 
 
@@ -216,5 +219,6 @@ def training(axes: Axes, epochs: list[dict[str, float]], row: Row) -> None:
     axes.axvspan(numbers[0], full, color=GLOBAL, alpha=0.1, linewidth=0, label="ε rises")
     axes.set(xlim=(numbers[0], numbers[-1]), ylim=(0, 100), xlabel="epoch", ylabel="accuracy (%)")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_title(f"{row.title}\n{len(epochs)} of {row.epochs} epochs", loc="left", fontsize=11)
+    title = textwrap.fill(row.title, _TITLE)
+    axes.set_title(f"{title}\n{len(epochs)} of {row.epochs} epochs", loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=8)
