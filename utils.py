@@ -31,6 +31,7 @@ from locallip.flags import (
 from locallip.images import Augmentation, crop_and_flip, hold_out
 from locallip.training import run as training_run
 from locallip.training.losses import LOSSES, choose_weight
+from locallip.training.optimizers import OPTIMIZERS
 from locallip.training.schedule import LOG_START, RADII, RATES
 from runs import RECIPES, RUNS, Run  # noqa: F401
 
@@ -244,7 +245,8 @@ def _schedule_flags(group: argparse._ArgumentGroup) -> None:
     flag("--epsilon_train", type=natural_float, help="L2 radius at the end of the ramp-up")
     ramp = f"how the radius rises: linearly from 0, or from {LOG_START} on a logarithmic scale"
     flag("--epsilon_schedule", choices=list(RADII), default="linear", help=ramp)
-    flag("--lr", type=positive_float, help="learning rate of Adam")
+    rate = "learning rate; of muon in parts of a layer's start weights, so that 0.02 is a usual one"
+    flag("--lr", type=positive_float, help=rate)
     flag("--end_lr", type=positive_float, help="learning rate of the last epoch")
     shape = "constant, then exponential to end_lr; constant; or, step by step, linear or half a cosine to end_lr"
     flag("--lr_scheduler", choices=list(RATES), default="exp", help=shape)
@@ -288,6 +290,8 @@ def _step_flags(group: argparse._ArgumentGroup) -> None:
     flag("--init", type=natural_float, help="start value of the thresholds of clipped ReLU")
     orthogonal = "start hidden layers with orthogonal weights of spectral norm about 1, not with the published ones"
     flag("--orthogonal", action="store_true", help=orthogonal)
+    moves = "adam, the published one, or muon, whose steps are as long in every direction of a layer"
+    flag("--optimizer", choices=list(OPTIMIZERS), default="adam", help=moves)
     average = "decay of a moving average of the weights, which is validated beside them; the better of both is kept"
     flag("--ema", type=probability, help=f"{average}; default: none")
     flag("--batch_size", type=positive_int, default=256, help="images per step and process")

@@ -21,6 +21,7 @@ from locallip.files import InputError, ScriptError, check_writable, exists
 from locallip.images import Augmentation, ImageSet
 from locallip.training.averaging import AveragedModel
 from locallip.training.files import RunFiles, best_epoch, smallest_error
+from locallip.training.optimizers import OPTIMIZERS, set_rate
 from locallip.training.resuming import own_shuffle, refuse_other_arguments
 from locallip.training.schedule import Schedule
 from locallip.training.shares import count_batches, loss_weights
@@ -85,11 +86,12 @@ class _Run:
         self.files = RunFiles(Path(args.output_dir), args.prefix)
         _refuse_unknown_positions(args.indices, model)
         self._refuse_files()
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
         self.shuffle = torch.Generator().manual_seed(args.seed + distributed.rank())
         self.norms = self._norms()
         if args.start_from and not args.resume:
             load_weights(model, self._load(Path(args.start_from))["state_dict"], args.start_from)
+        products = torch.bfloat16 if args.bfloat16 else torch.float32
+        self.optimizer = OPTIMIZERS[args.optimizer](model, args.lr, products)
         self.averaged = AveragedModel(model, args.ema) if args.ema else None
         self.epoch = 0
         self.best_error = math.inf
@@ -174,8 +176,7 @@ class _Run:
             moment = epoch + batch / self.batches
             epsilon, kappa = self.schedule.epsilon_at(moment), self.schedule.kappa_at(moment)
             lr = self.schedule.lr_at(moment)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_rate(self.optimizer, lr)
             loss, logits, worst = self.step(x, y, indices, epsilon, kappa, self.weights[batch], self._has_box(epoch))
             if self.averaged:
                 self.averaged.update()
