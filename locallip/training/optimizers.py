@@ -11,8 +11,8 @@ from torch import Tensor, nn
 # Coefficients of the iteration a X + b X X^T X + c (X X^T)^2 X that brings singular values near 1 (Jordan et al. 2024).
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
-# The rate of Adam for what is no matrix, in parts of Muon's.
-_ADAMS_SHARE = 0.05
+# The rate of Adam beside Muon, in parts of Muon's.
+_ADAMS_SHARE = 0.1
 
 
 class Muon(torch.optim.Optimizer):
@@ -116,11 +116,11 @@ def adam(model: nn.Module, lr: float, dtype: torch.dtype) -> torch.optim.Optimiz
 
 
 def muon(model: nn.Module, lr: float, dtype: torch.dtype) -> Joined:
-    """Muon for weights, Adam for biases and thresholds. dtype: of Muon's products."""
-    weights = [layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    others = [p for p in model.parameters() if not any(p is weight for weight in weights)]
+    """Muon for the weights of hidden layers, Adam for the last layer, biases and thresholds. dtype: of Muon's products."""
+    hidden = [layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)][:-1]
+    others = [p for p in model.parameters() if not any(p is weight for weight in hidden)]
     rest = torch.optim.Adam([{"params": others, "share": _ADAMS_SHARE}], fused=True)
-    joined = Joined(Muon(weights, lr, dtype=dtype), rest)
+    joined = Joined(Muon(hidden, lr, dtype=dtype), rest)
     set_rate(joined, lr)
     return joined
 

@@ -13,7 +13,8 @@ from locallip.training.optimizers import Joined, Muon, orthogonalized, set_rate
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 4))
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 6), nn.ReLU(), nn.Linear(6, 4)]
+    return nn.Sequential(*layers)
 
 
 def with_gradients(model):
@@ -76,12 +77,13 @@ def test_a_weight_without_a_gradient_stays():
     assert torch.equal(weight.detach(), torch.ones(3, 4))
 
 
-def test_muon_has_the_weights_and_adam_the_rest_at_its_share_of_the_rate():
+def test_muon_has_the_hidden_weights_and_adam_the_rest_at_its_share_of_the_rate():
     model = network()
     optimizer = optimizers.muon(model, 0.02, torch.float32)
     *ours, adams = optimizer.param_groups
     assert [group["params"] for group in ours] == [[model[0].weight], [model[3].weight]]
-    assert all(a is b for a, b in zip(adams["params"], (model[0].bias, model[3].bias), strict=True))
+    rest = [model[0].bias, model[3].bias, model[5].weight, model[5].bias]
+    assert all(a is b for a, b in zip(adams["params"], rest, strict=True))
     assert adams["lr"] == pytest.approx(0.02 * optimizers._ADAMS_SHARE)
     set_rate(optimizer, 0.01)
     assert [group["lr"] for group in optimizer.param_groups] == [
