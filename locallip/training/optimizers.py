@@ -88,8 +88,6 @@ def set_rate(optimizer: torch.optim.Optimizer | Joined, lr: float) -> None:
 def orthogonalized(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Bring the singular values of a matrix to between 0.7 and 1.2, those far below the largest at least closer to it.
 
-    All but the first and last product are of the smaller side's size: q collects what the iteration multiplies X by.
-
     Args:
         matrix: (m, n).
         dtype: of the products.
@@ -100,13 +98,11 @@ def orthogonalized(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
     a, b, c = _NEWTON_SCHULZ
     x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = (x / x.norm().clamp(min=torch.finfo(x.dtype).tiny)).to(dtype)
-    gram, q = x @ x.T, None
     for _ in range(_ITERATIONS):
-        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal().add_(a)
-        q = factor if q is None else factor @ q
-        gram = factor @ gram @ factor
-    x = (q @ x).to(matrix.dtype)
+        # Iterating on the Gram matrix alone would save products, but what rounding makes negative there explodes.
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.to(matrix.dtype)
     return x if matrix.shape[0] <= matrix.shape[1] else x.T
 
 
@@ -116,7 +112,7 @@ def adam(model: nn.Module, lr: float, dtype: torch.dtype) -> torch.optim.Optimiz
 
 
 def muon(model: nn.Module, lr: float, dtype: torch.dtype) -> Joined:
-    """Muon for the weights of hidden layers, Adam for the last layer, biases and thresholds. dtype: of Muon's products."""
+    """Muon for the weights of hidden layers, Adam for the last layer, biases and thresholds; dtype: see `Muon`."""
     hidden = [layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)][:-1]
     others = [p for p in model.parameters() if not any(p is weight for weight in hidden)]
     rest = torch.optim.Adam([{"params": others, "share": _ADAMS_SHARE}], fused=True)

@@ -48,6 +48,13 @@ def test_it_is_the_quintic_iteration_on_the_singular_values():
     torch.testing.assert_close(orthogonalized(matrix), left @ values.diag() @ right, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_of_low_rank_does_not_explode(dtype):
+    torch.manual_seed(0)
+    matrix = torch.randn(96, 3) @ torch.randn(3, 200)
+    assert torch.linalg.matrix_norm(orthogonalized(matrix, dtype), 2) < 1.3
+
+
 def test_nothing_comes_of_no_gradient_and_nan_of_nan():
     assert torch.equal(orthogonalized(torch.zeros(3, 4)), torch.zeros(3, 4))
     assert orthogonalized(torch.full((3, 4), torch.nan)).isnan().all()
@@ -133,7 +140,7 @@ def test_its_steps_bring_a_loss_down():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert losses[-1] < 0.05 < 1 < losses[0]
+    assert losses[-1] < 0.2 < 1 < losses[0]
 
 
 def test_the_log_has_the_rate_of_the_flags(runs):
