@@ -234,14 +234,15 @@ RUNS = (
         took="1.2 h on one core",
     ),
     Run(
-        "cifar10-maxmin",
+        "cifar10-muon",
         "cifar10",
-        "6C2F, MaxMin without thresholds, otherwise cifar10-fast",
+        "6C2F, MaxMin without thresholds, EMMA loss, Muon",
         "c6f2_maxmin",
-        "--epochs 30 --orthogonal --global_epochs 30 --warmup 0 --rampup 15 --sniter 2 --batch_size 32 "
-        "--epsilon_train 0.1551 --loss emma --lr_scheduler linear --end_lr 1e-5 --ema 0.999",
-        "maxmin/cifar_maxmin",
-        took="1.1 h on one core",
+        "--epochs 26 --orthogonal --global_epochs 26 --warmup 0 --rampup 13 --unaugmented_epochs 3 --sniter 2 "
+        "--batch_size 64 --epsilon_train 0.1551 --loss emma --optimizer muon --lr 1e-2 --lr_scheduler linear "
+        "--end_lr 1e-5 --ema 0.999",
+        "maxmin/cifar_muon",
+        took="1.6 h on one core",
     ),
     Run(
         "cifar10-best",
