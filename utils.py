@@ -245,7 +245,7 @@ def _schedule_flags(group: argparse._ArgumentGroup) -> None:
     flag("--epsilon_train", type=natural_float, help="L2 radius at the end of the ramp-up")
     ramp = f"how the radius rises: linearly from 0, or from {LOG_START} on a logarithmic scale"
     flag("--epsilon_schedule", choices=list(RADII), default="linear", help=ramp)
-    rate = "learning rate; of muon in parts of a layer's start weights, so that 0.02 is a usual one"
+    rate = "learning rate; of muon in parts of a layer's start weights, so that 0.01 is a usual one"
     flag("--lr", type=positive_float, help=rate)
     flag("--end_lr", type=positive_float, help="learning rate of the last epoch")
     shape = "constant, then exponential to end_lr; constant; or, step by step, linear or half a cosine to end_lr"
