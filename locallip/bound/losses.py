@@ -41,7 +41,7 @@ def gloro_kl_loss(logits: Tensor, worst: Tensor, y: Tensor, weight: float = 1.5)
 
 
 def margin_loss(
-    logits: Tensor, radii: Tensor, y: Tensor, reach: float, weight: float = 66.0, sharpness: float = 11.0
+    logits: Tensor, radii: Tensor, y: Tensor, reach: float | Tensor, weight: float = 66.0, sharpness: float = 11.0
 ) -> Tensor:
     """Take from CE(logits, y) `weight` times the mean soft minimum of the radii (CRM: Fazlyab et al. 2023).
 
@@ -63,7 +63,7 @@ def cll_loss(
     y: Tensor,
     last: Dense,
     hidden_lipschitz: Tensor,
-    epsilon: float,
+    epsilon: float | Tensor,
     radius: float,
     slack: float = 0.3,
 ) -> Tensor:
@@ -79,7 +79,7 @@ def cll_loss(
     sigma = radius / math.log(2 / slack - 1)  # logit(1 - p) = -logit(p)
     slopes = hidden_lipschitz.detach()[:, None] * last.weight.norm(dim=1)
     scaled = logits / slopes.clamp(min=1e-12)
-    offset = torch.full_like(scaled, epsilon).scatter(1, y[:, None], -epsilon)
+    offset = epsilon * torch.ones_like(scaled).scatter(1, y[:, None], -1.0)
     return F.cross_entropy((scaled + offset) / sigma, y) + _CLL_DECAY * hidden_lipschitz.square().mean()
 
 

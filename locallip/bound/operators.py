@@ -143,7 +143,7 @@ class LinearOperator(ABC):
     ) -> LinearOperator:
         """The operator of the same geometry with other weights."""
         result = copy.copy(self)
-        for known in ("scale", "scaled"):
+        for known in ("scale", "scaled", "_factor"):
             result.__dict__.pop(known, None)
         result.weight, result.bias, result.bias_size = weight, bias, bias_size
         return result
@@ -259,6 +259,11 @@ class Conv(LinearOperator):
     def geometry(self) -> tuple:
         return self.stride, self.padding, self.dilation, self.groups
 
+    @cached_property
+    def _factor(self) -> Tensor:
+        """The weight as a factor of products."""
+        return self._rounded(self.weight)[0]
+
     def _rounded(self, *tensors: Tensor | None) -> list[Tensor | None]:
         return [x if x is None or self.factors is None else x.to(self.factors) for x in tensors]
 
@@ -267,10 +272,10 @@ class Conv(LinearOperator):
         return _CONVOLVE[self._dims](*rounded, self.stride, self.padding, self.dilation, self.groups).to(x.dtype)
 
     def apply(self, x: Tensor) -> Tensor:
-        return self._convolve(x, self.weight, None)
+        return self._convolve(x, self._factor, None)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        rounded = self._rounded(y, self.weight)
+        rounded = self._rounded(y, self._factor)
         if self._dims == 2 and self.input_shape[0] == 1 and self.factors is None and y.device.type == "cpu":
             return self._folded(y)
         geometry = (self.stride, self.padding, self._output_padding, self.groups, self.dilation)
@@ -283,7 +288,7 @@ class Conv(LinearOperator):
         return F.fold(windows, size, kernel, self.dilation, self.padding, self.stride)
 
     def affine(self, x: Tensor) -> Tensor:
-        return self._convolve(x, self.weight, self.bias)
+        return self._convolve(x, self._factor, self.bias)
 
     def absolute(self, x: Tensor) -> Tensor:
         return self._convolve(x, self.weight.abs(), None)

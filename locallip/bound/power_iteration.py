@@ -9,7 +9,16 @@ from torch import Tensor
 
 from locallip.bound.norms import Arithmetic, Bracket
 from locallip.bound.operators import LinearOperator, Position
-from locallip.bound.tensors import eliminating, entries, lengths, per_image, reciprocal, underflow_to_nan, unit
+from locallip.bound.tensors import (
+    eliminating,
+    entries,
+    infinite_to_nan,
+    lengths,
+    per_image,
+    reciprocal,
+    underflow_to_nan,
+    unit,
+)
 
 Product = Callable[[Tensor], Tensor]
 
@@ -127,7 +136,10 @@ class PowerIteration:
         self, operator: LinearOperator, start: Tensor, rows: Tensor | None, columns: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """One norm per start vector and the vectors after the run, on the side of the start vectors."""
-        rows, columns = (None if mask is None else mask.to(start.dtype) for mask in (rows, columns))
+        # What a product rounds to anyway is kept in that, which saves passes over memory; an ascent's sums need more.
+        dtype = start.dtype if operator.factors is None or self._improve is _ascent else operator.factors
+        given, start = start.dtype, start.to(dtype)
+        rows, columns = (None if mask is None else mask.to(dtype) for mask in (rows, columns))
         scaled = operator.scaled
 
         def forward(u: Tensor) -> Tensor:
@@ -151,8 +163,9 @@ class PowerIteration:
                 v, norm = unit(v)
                 shrink = torch.ones_like(norm)
                 kept = _kept(v, start)
-            norm = underflow_to_nan(norm * operator.scale, norm)
-        return _SingularValue.apply(operator.weight, operator, u, v, shrink, norm), kept
+            scale = operator.scale
+            norm = underflow_to_nan(infinite_to_nan((norm * scale).to(scale.dtype)), norm)
+        return _SingularValue.apply(operator.weight, operator, u, v, shrink, norm), kept.to(given)
 
 
 def _power(u: Tensor, v: Tensor, forward: Product, backward: Product) -> tuple[Tensor, Tensor]:

@@ -30,13 +30,20 @@ def masked(x: Tensor, mask: Tensor | None) -> Tensor:
 def unit(x: Tensor) -> tuple[Tensor, Tensor]:
     """x / ||x|| for every image, zero where ||x|| is zero, in place, and the lengths (N,). x: (N, ...)."""
     length = lengths(x)
-    return x.mul_(per_image(reciprocal(length), x)), length
+    # Where the length is 0 every entry is, and any factor does.
+    factor = length.clamp(min=torch.finfo(length.dtype).tiny).reciprocal()
+    return x.mul_(per_image(factor, x)), length
 
 
 def lengths(x: Tensor) -> Tensor:
-    """||x|| of every image: (N,). What is not finite is NaN: as a norm it certifies nothing."""
-    length = torch.linalg.vector_norm(x, dim=entries(x))
-    return torch.where(length.isinf(), torch.nan, length)
+    """||x|| of every image, in float32 at least: (N,). What is not finite is NaN: as a norm it certifies nothing."""
+    length = torch.linalg.vector_norm(x, dim=entries(x), dtype=torch.promote_types(x.dtype, torch.float32))
+    return infinite_to_nan(length)
+
+
+def infinite_to_nan(x: Tensor) -> Tensor:
+    """x, and NaN where it is not finite."""
+    return torch.add(x, x, alpha=0)  # infinity + 0 infinity, in one kernel
 
 
 def reciprocal(length: Tensor) -> Tensor:
@@ -76,7 +83,7 @@ def underflows(product: Tensor, *factors: Tensor) -> Tensor:
     info = torch.finfo(product.dtype)
     lost = product.abs() <= 64 * info.eps * info.tiny
     for factor in factors:
-        lost = lost & (factor != 0)
+        lost = torch.logical_and(lost, factor)
     return lost
 
 

@@ -75,7 +75,24 @@ def propagate(
         raise ValueError(f"an image has values outside of {clip}")
     if not box and sparse_threshold is not None:
         raise ValueError("how far boxes reach cannot be told without a box")
-    graph = Graph.of(model, x)
+    return walk_through(Graph.of(model, x), x, epsilon, norms, clip, sparse_threshold, fused, box, keep_layers)
+
+
+def walk_through(
+    graph: Graph,
+    x: Tensor,
+    epsilon: Tensor,
+    norms: Norms,
+    clip: tuple[float, float] | None = None,
+    sparse_threshold: float | None = None,
+    fused: bool = True,
+    box: bool = True,
+    keep_layers: bool = False,
+) -> Bound:
+    """Do what `propagate` does where nothing has to be refused any more, so that no value is looked at.
+
+    epsilon: (N,). For the others see `propagate`.
+    """
     meanings = graph.meanings(x, norms.arithmetic)
     walk = _Walk(epsilon, norms, sparse_threshold, fused, keep_layers)
     states = States(graph.consumers())

@@ -30,9 +30,9 @@ class Situation:
     bound: Bound
     worst: Tensor
     y: Tensor
-    epsilon: float
+    epsilon: float | Tensor
     radius: float
-    kappa: float
+    kappa: float | Tensor
     weight: float | None
 
     @property

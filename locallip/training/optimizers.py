@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:
-                    weight.sub_(self._direction(weight), alpha=group["lr"])
+                    weight.sub_(self._direction(weight) * group["lr"])
 
     def _direction(self, weight: Tensor) -> Tensor:
         average = self.state[weight].setdefault("average", torch.zeros_like(weight))

@@ -14,7 +14,7 @@ from locallip import distributed
 from locallip.files import InputError
 
 # Flags that a resumed run may have otherwise than before.
-_MAY_DIFFER = {"device", "ddp", "compile", "data_dir", "output_dir", "prefix", "resume", "overwrite"}
+_MAY_DIFFER = {"device", "ddp", "compile", "cuda_graph", "data_dir", "output_dir", "prefix", "resume", "overwrite"}
 _MAY_DIFFER |= {"test_batch_size", "keep_vectors"}
 # Flags that weights belong to, so that a run with other ones cannot start from them.
 _OF_THE_NETWORK = {"data", "model", "width"}

@@ -22,6 +22,7 @@ from locallip.images import Augmentation, ImageSet
 from locallip.training.averaging import AveragedModel
 from locallip.training.files import RunFiles, best_epoch, smallest_error
 from locallip.training.optimizers import OPTIMIZERS, set_rate
+from locallip.training.recording import RecordedStep, ahead
 from locallip.training.resuming import own_shuffle, refuse_other_arguments
 from locallip.training.schedule import Schedule
 from locallip.training.shares import count_batches, loss_weights
@@ -82,6 +83,7 @@ class _Run:
         self.model, self.training_set, self.validation_set, self.args = model, training_set, validation_set, args
         self.augment = augment
         self.device = training_set.labels.device
+        torch.backends.cudnn.benchmark = True  # the shapes of a training are few, and each is convolved often
         self.schedule = Schedule.from_arguments(args)
         self.files = RunFiles(Path(args.output_dir), args.prefix)
         _refuse_unknown_positions(args.indices, model)
@@ -123,7 +125,7 @@ class _Run:
             ascend=args.ascend,
         )
 
-    def _step(self) -> Step:
+    def _step(self) -> Step | RecordedStep:
         """The step of the training, with room for the vectors of its images, compiled where that pays."""
         args = self.args
         loss = distributed.wrap(RobustLoss.from_arguments(self.model, self.norms, args), args.ddp)
@@ -135,7 +137,9 @@ class _Run:
         pays = layout.activations * len(self.training_set) * (args.epochs - self.epoch) >= COMPILE_FROM
         if args.compile == "yes" or (args.compile == "auto" and pays):
             compile_activations()
-        return Step(loss, self.norms, stored, self.optimizer)
+        step = Step(loss, self.norms, stored, self.optimizer)
+        alone_on_gpu = self.device.type == "cuda" and stored.device == self.device and distributed.processes() == 1
+        return RecordedStep(step) if alone_on_gpu and args.cuda_graph == "yes" else step
 
     def train(self) -> None:
         first, args = self.epoch, self.args
@@ -172,6 +176,8 @@ class _Run:
         non_finite = torch.full((), self.batches, device=self.device)  # first batch whose loss is not finite
         augment = self._augmentation(epoch)
         batches = self.training_set.batches(self.args.batch_size, self.shuffle, augment, self.batches)
+        if self.device.type == "cuda":
+            batches = ahead(batches, self.device)
         for batch, (x, y, indices) in enumerate(batches):
             moment = epoch + batch / self.batches
             epsilon, kappa = self.schedule.epsilon_at(moment), self.schedule.kappa_at(moment)

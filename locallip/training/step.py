@@ -5,19 +5,23 @@ from __future__ import annotations
 import argparse
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from locallip import distributed
+from locallip.bound.graph import Graph
 from locallip.bound.layers import ReLU_x
 from locallip.bound.norms import Norms
 from locallip.bound.operators import Position
 from locallip.bound.power_iteration import PowerIteration
-from locallip.bound.walk import propagate
+from locallip.bound.walk import propagate, walk_through
 from locallip.bound.worst_case import worst_logits, worst_margin
 from locallip.training.losses import LOSSES, Situation
 from locallip.training.vectors import StoredVectors
+
+Number: TypeAlias = float | Tensor  # a tensor is a scalar on the device
 
 
 class RobustLoss(nn.Module):
@@ -57,14 +61,17 @@ class RobustLoss(nn.Module):
         return cls(model, norms, args.opt_iter, *chosen, sparse=args.sparse, sparse_threshold=args.sp_thres)
 
     def forward(
-        self, x: Tensor, y: Tensor, epsilon: float, kappa: float, box: bool = True
+        self, x: Tensor, y: Tensor, epsilon: Number, kappa: Number, box: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mean loss over the batch, logits (N, K) and worst-case logits (N, K). x: (N, C, H, W), y: (N,).
 
-        kappa: weight of the clean loss in the BCP loss. box: see `propagate`.
+        epsilon: not negative, which is not looked at: a GPU would have to be waited for. kappa: weight of the clean
+        loss in the BCP loss. box: see `propagate`.
         """
         sparse_threshold = self.sparse_threshold if box else None
-        bound = propagate(self.model, x, epsilon, self.norms, sparse_threshold=sparse_threshold, box=box)
+        radii = torch.as_tensor(epsilon, dtype=x.dtype, device=x.device).expand(len(x))
+        graph = Graph.of(self.model)
+        bound = walk_through(graph, x, radii, self.norms, sparse_threshold=sparse_threshold, box=box)
         worst = worst_logits(bound, y, self.rounds)
         loss = self.loss.compute(Situation(bound, worst, y, epsilon, self.radius, kappa, self.weight))
         if bound.sparsity is not None:
@@ -87,7 +94,14 @@ class Step:
         self._clipped = [layer for layer in loss.modules() if isinstance(layer, ReLU_x)]
 
     def __call__(
-        self, x: Tensor, y: Tensor, indices: Tensor, epsilon: float, kappa: float, weight: float = 1.0, box: bool = True
+        self,
+        x: Tensor,
+        y: Tensor,
+        indices: Tensor,
+        epsilon: Number,
+        kappa: Number,
+        weight: Number = 1.0,
+        box: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the loss returned on the batch before the step. indices: (N,) rows of the stored vectors.
 

@@ -1,0 +1,92 @@
+"""A recorded step does what the step does: with a stand-in for the recording everywhere, on a GPU with CUDA graphs."""
+
+import copy
+
+import pytest
+import torch
+
+import utils
+from locallip.bound.power_iteration import PowerIteration
+from locallip.training.losses import LOSSES
+from locallip.training.optimizers import OPTIMIZERS, set_rate
+from locallip.training.recording import RecordedStep, ahead
+from locallip.training.step import Layout, RobustLoss, Step
+from locallip.training.vectors import StoredVectors
+
+IMAGES = 24
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+
+
+def stand_in(step):
+    """Records a function for a CPU: every replay runs it; as on a GPU, recording it leaves what was not computed."""
+
+    def record(function):
+        step.norms.global_vectors = {p: torch.full_like(v, torch.nan) for p, v in step.norms.global_vectors.items()}
+        return function
+
+    return record if next(step.loss.parameters()).device.type == "cpu" else None
+
+
+def make(device, loss, optimizer, local):
+    torch.manual_seed(0)
+    model = utils.select_model("mnist", "c4f3_clmaxmin", 1.0, 0.25, 10, True).to(device)
+    norms = PowerIteration(2, local_positions=None if local else [])
+    layout = Layout.of(model, torch.rand(1, 1, 28, 28, device=device), norms.local_positions)
+    stored = StoredVectors(IMAGES, layout.vectors, torch.device(device))
+    return model, Step(
+        RobustLoss(model, norms, loss=loss), norms, stored, OPTIMIZERS[optimizer](model, 1e-3, torch.float32)
+    )
+
+
+def batches(device):
+    """Steps of two kinds of batch, as an epoch has them, with rates and radii that change."""
+    torch.manual_seed(1)
+    for number in range(9):
+        for size in (8, 8, 8) if number % 3 else (8, 8, 5):
+            indices = torch.randperm(IMAGES)[:size].to(device)
+            x, y = torch.rand(size, 1, 28, 28, device=device), torch.randint(10, (size,), device=device)
+            yield (x, y, indices), (0.01 * number, 1 - 0.1 * number, size / 8), 1e-3 / (1 + number)
+
+
+def run(step, device, box):
+    results = []
+    for batch, numbers, rate in batches(device):
+        set_rate(step.step.optimizer if isinstance(step, RecordedStep) else step.optimizer, rate)
+        results.append([result.clone() for result in step(*batch, *numbers, box)])
+    return results
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("box", [True, False])
+@pytest.mark.parametrize(("loss", "optimizer"), [(name, "adam") for name in LOSSES] + [("emma", "muon")])
+def test_a_recorded_step_does_what_the_step_does(loss, optimizer, box, device):
+    close = 1e-3 if device == "cpu" else 0.05  # a GPU adds up in an order of its own, and Adam makes much of little
+    model, step = make(device, loss, optimizer, box)
+    recorded_model, recorded = make(device, loss, optimizer, box)
+    recorded_step = RecordedStep(recorded, stand_in(recorded))
+    for own, expected in zip(run(recorded_step, device, box), run(step, device, box), strict=True):
+        for a, b in zip(own, expected):
+            assert (a - b).norm() <= close * b.norm()
+    for a, b in zip(recorded_model.parameters(), model.parameters()):
+        assert (a - b).norm() <= close * b.norm()
+    kept = recorded.norms.global_vectors
+    assert kept.keys() == step.norms.global_vectors.keys()
+    for position, vector in step.norms.global_vectors.items():
+        assert (vector * kept[position]).sum() > 0.999 * vector.norm() * kept[position].norm()
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_the_optimizers_state_is_that_of_any_other_run(device):
+    _, step = make(device, "gloro", "adam", False)
+    before = copy.deepcopy(step.optimizer.state_dict()["param_groups"])
+    run(RecordedStep(step, stand_in(step)), device, False)
+    set_rate(step.optimizer, 1e-3)
+    assert step.optimizer.state_dict()["param_groups"] == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_made_ahead_are_the_same():
+    device = torch.device("cuda")
+    made = [tuple(torch.full((1000,), 3 * n + k, device=device) for k in range(3)) for n in range(20)]
+    for number, batch in enumerate(ahead(iter(made), device)):
+        assert [int(tensor[0]) for tensor in batch] == [3 * number, 3 * number + 1, 3 * number + 2]
