@@ -302,7 +302,7 @@ def _step_flags(group: argparse._ArgumentGroup) -> None:
     records = (
         "on a GPU, record the step as a CUDA graph and replay it, which saves launching its many kernels one by one"
     )
-    flag("--cuda_graph", choices=["yes", "no"], default="yes", help=records)
+    flag("--cuda_graph", choices=["yes", "no"], default="no", help=records)
     rounds = "convolutions of the training in bfloat16, where the device has fast ones; validation stays in float32"
     flag("--bfloat16", action="store_true", help=rounds)
     ddp = (

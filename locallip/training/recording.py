@@ -12,10 +12,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from locallip.bound.operators import Position
 from locallip.training.step import Step
 
 Batch = tuple[Tensor, Tensor, Tensor]
+Record = Callable[[Callable[[], Batch]], Callable[[], Batch]]
 # Steps of each kind before it is recorded: what is made at first use has to be there by then.
 _WARM_UP = 3
 
@@ -25,12 +25,12 @@ class RecordedStep:
 
     Args:
         step: in one process, on a CUDA device, which has its stored vectors too.
-        record: takes a function of nothing, and returns one that does the same to the same memory.
+        record: `in_cuda_graph`, or what does the like elsewhere.
     """
 
-    def __init__(self, step: Step, record: Callable[[Callable[[], Batch]], Callable[[], Batch]] | None = None):
+    def __init__(self, step: Step, record: Record):
         self.step, self.loss, self.stored = step, step.loss, step.stored
-        self._record = record or in_cuda_graph
+        self._record = record
         self._seen: dict[Hashable, int] = {}
         self._recorded: dict[Hashable, _Recorded] = {}
 
@@ -57,9 +57,7 @@ class RecordedStep:
 class _Recorded:
     """A step on one kind of batch: its inputs lie where the recording reads them."""
 
-    def __init__(
-        self, step: Step, batch: Batch, box: bool, record: Callable[[Callable[[], Batch]], Callable[[], Batch]]
-    ):
+    def __init__(self, step: Step, batch: Batch, box: bool, record: Record):
         self._step = step
         self._batch = tuple(torch.empty_like(tensor) for tensor in batch)
         for own, given in zip(self._batch, batch):
@@ -83,22 +81,17 @@ class _Recorded:
 
     def __call__(self, batch: Batch, numbers: Iterable[float]) -> Batch:
         norms = self._step.norms
-        self._take_over(norms.global_vectors)
         for own, given in zip(self._batch, batch):
             own.copy_(given)
+        for position, own in self._vectors.items():  # what a step of another kind has left, or the last one of this
+            own.copy_(norms.global_vectors[position])
         for own, number in zip(self._numbers, numbers):
             own.fill_(number)
         for own, group in zip(self._rates, self._step.optimizer.param_groups):
             own.fill_(group["lr"])
         results = self._replay()
-        norms.global_vectors = self._vectors
+        norms.global_vectors = dict(self._vectors)  # a copy, in which another step puts vectors of its own
         return results
-
-    def _take_over(self, vectors: dict[Position, Tensor]) -> None:
-        """Go on from vectors that another step has left."""
-        if vectors is not self._vectors:
-            for position, vector in vectors.items():
-                self._vectors[position].copy_(vector)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from locallip.images import Augmentation, ImageSet
 from locallip.training.averaging import AveragedModel
 from locallip.training.files import RunFiles, best_epoch, smallest_error
 from locallip.training.optimizers import OPTIMIZERS, set_rate
-from locallip.training.recording import RecordedStep, ahead
+from locallip.training.recording import RecordedStep, ahead, in_cuda_graph
 from locallip.training.resuming import own_shuffle, refuse_other_arguments
 from locallip.training.schedule import Schedule
 from locallip.training.shares import count_batches, loss_weights
@@ -139,7 +139,7 @@ class _Run:
             compile_activations()
         step = Step(loss, self.norms, stored, self.optimizer)
         alone_on_gpu = self.device.type == "cuda" and stored.device == self.device and distributed.processes() == 1
-        return RecordedStep(step) if alone_on_gpu and args.cuda_graph == "yes" else step
+        return RecordedStep(step, in_cuda_graph) if alone_on_gpu and args.cuda_graph == "yes" else step
 
     def train(self) -> None:
         first, args = self.epoch, self.args

@@ -1,15 +1,17 @@
-"""A recorded step does what the step does: with a stand-in for the recording everywhere, on a GPU with CUDA graphs."""
+"""A recorded step does what the step does: by CUDA graphs where there is a GPU, and by what stands in for them."""
 
 import copy
 
 import pytest
 import torch
+from recorder import record
 
 import utils
+from locallip.bound import worst_case
 from locallip.bound.power_iteration import PowerIteration
 from locallip.training.losses import LOSSES
 from locallip.training.optimizers import OPTIMIZERS, set_rate
-from locallip.training.recording import RecordedStep, ahead
+from locallip.training.recording import RecordedStep, ahead, in_cuda_graph
 from locallip.training.step import Layout, RobustLoss, Step
 from locallip.training.vectors import StoredVectors
 
@@ -17,14 +19,9 @@ IMAGES = 24
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 
 
-def stand_in(step):
-    """Records a function for a CPU: every replay runs it; as on a GPU, recording it leaves what was not computed."""
-
-    def record(function):
-        step.norms.global_vectors = {p: torch.full_like(v, torch.nan) for p, v in step.norms.global_vectors.items()}
-        return function
-
-    return record if next(step.loss.parameters()).device.type == "cpu" else None
+@pytest.fixture(autouse=True)
+def looks_as_rarely_as_on_a_gpu(monkeypatch):
+    monkeypatch.setitem(worst_case._ROUNDS_PER_LOOK, "cpu", worst_case._ROUNDS_PER_LOOK["cuda"])
 
 
 def make(device, loss, optimizer, local):
@@ -63,7 +60,7 @@ def test_a_recorded_step_does_what_the_step_does(loss, optimizer, box, device):
     close = 1e-3 if device == "cpu" else 0.05  # a GPU adds up in an order of its own, and Adam makes much of little
     model, step = make(device, loss, optimizer, box)
     recorded_model, recorded = make(device, loss, optimizer, box)
-    recorded_step = RecordedStep(recorded, stand_in(recorded))
+    recorded_step = RecordedStep(recorded, record if device == "cpu" else in_cuda_graph)
     for own, expected in zip(run(recorded_step, device, box), run(step, device, box), strict=True):
         for a, b in zip(own, expected):
             assert (a - b).norm() <= close * b.norm()
@@ -79,7 +76,7 @@ def test_a_recorded_step_does_what_the_step_does(loss, optimizer, box, device):
 def test_the_optimizers_state_is_that_of_any_other_run(device):
     _, step = make(device, "gloro", "adam", False)
     before = copy.deepcopy(step.optimizer.state_dict()["param_groups"])
-    run(RecordedStep(step, stand_in(step)), device, False)
+    run(RecordedStep(step, record if device == "cpu" else in_cuda_graph), device, False)
     set_rate(step.optimizer, 1e-3)
     assert step.optimizer.state_dict()["param_groups"] == before
 
