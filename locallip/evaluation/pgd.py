@@ -21,7 +21,7 @@ _WEIGHT = 2.0**40
 
 
 def pgd(model: nn.Sequential, x: Tensor, y: Tensor, epsilon: float, steps: int = PGD_STEPS) -> Tensor:
-    """The attack of the paper: steps of epsilon / 4 up the cross-entropy from a random point of the ball, inside [0, 1].
+    """The attack of the paper: steps of epsilon / 4 up the cross-entropy, from a random point of the ball, in [0, 1].
 
     Where an image has a margin above 10, its logits are divided by what makes that 10: a network does not get harder to
     attack by being multiplied by a large number.
