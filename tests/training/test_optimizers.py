@@ -55,6 +55,19 @@ def test_a_matrix_of_low_rank_does_not_explode(dtype):
     assert torch.linalg.matrix_norm(orthogonalized(matrix, dtype), 2) < 1.3
 
 
+@pytest.mark.parametrize("shape", [(8, 27), (8, 72), (16, 256)])
+def test_in_low_precision_a_matrix_led_by_few_directions_comes_out_nearly_the_same(shape):
+    torch.manual_seed(0)
+    for power in (1, 2, 3):
+        for _ in range(40):
+            left, _ = torch.linalg.qr(torch.randn(shape[0], shape[0]))
+            right, _ = torch.linalg.qr(torch.randn(shape[1], shape[0]))
+            matrix = left @ torch.logspace(0, -1.5 * power, shape[0]).diag() @ right.T
+            exact, found = (orthogonalized(matrix, dtype) for dtype in (torch.float32, torch.bfloat16))
+            assert (found - exact).norm() < 0.5 * exact.norm()
+            assert torch.linalg.matrix_norm(found, 2) < 1.3
+
+
 def test_nothing_comes_of_no_gradient_and_nan_of_nan():
     assert torch.equal(orthogonalized(torch.zeros(3, 4)), torch.zeros(3, 4))
     assert orthogonalized(torch.full((3, 4), torch.nan)).isnan().all()
