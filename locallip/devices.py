@@ -13,6 +13,8 @@ from locallip.files import InputError
 def select_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` as a device that exists; full float32 precision on CUDA (no TF32).
 
+    A CUDA device with a number becomes the current one.
+
     Raises:
         InputError: if the device does not exist on this machine.
     """
@@ -28,6 +30,8 @@ def select_device(name: str) -> torch.device:
         raise InputError(f"device '{name}' is not supported; choose auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device '{name}' does not exist here: {torch.cuda.device_count()} CUDA devices found")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and graphs are made on the current one
     return device
 
 

@@ -176,10 +176,10 @@ def _power(u: Tensor, v: Tensor, forward: Product, backward: Product) -> tuple[T
 
 def _ascent(u: Tensor, v: Tensor, forward: Product, backward: Product) -> tuple[Tensor, Tensor]:
     """The unit vector of the longest image in the plane of u and W^T v, and that image. v: the image of u."""
-    gradient, size = backward(v), lengths(u)
+    gradient, size = backward(v), lengths(u).to(u.dtype)
     along = torch.where(size == 0, 0, _dot(gradient, u) / size**2)
     uphill = gradient - per_image(along, u) * u
-    length = lengths(uphill)
+    length = lengths(uphill).to(u.dtype)
     # What is left of a shorter one is rounding, and not orthogonal to u.
     converged = length <= torch.finfo(u.dtype).eps ** 0.5 * along * size
     uphill = uphill * per_image(torch.where(converged, 0, size * reciprocal(length)), u)
@@ -188,7 +188,7 @@ def _ascent(u: Tensor, v: Tensor, forward: Product, backward: Product) -> tuple[
     stay, turn = angle.cos(), angle.sin()
     u, length = unit(per_image(stay, u) * u + per_image(turn, u) * uphill)
     v = per_image(stay, v) * v + per_image(turn, v) * image
-    return u, v * per_image(reciprocal(length), v)
+    return u, v * per_image(reciprocal(length).to(v.dtype), v)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

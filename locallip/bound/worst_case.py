@@ -86,7 +86,9 @@ def _pinned(direction: Tensor, face: Tensor, radius: Tensor, rounds: int) -> Ten
     pinned = torch.zeros_like(direction, dtype=torch.bool)
     length, depth = direction.abs(), face.abs()
     length_squared, depth_squared = direction.square(), face.square()
-    rounds_per_look = _ROUNDS_PER_LOOK.get(direction.device.type, 1)
+    # What is recorded as a CUDA graph has no values yet.
+    recorded = direction.is_cuda and torch.cuda.is_current_stream_capturing()
+    rounds_per_look = rounds + 1 if recorded else _ROUNDS_PER_LOOK.get(direction.device.type, 1)
     for number in range(1, rounds + 1):
         radius_left = radius**2 - torch.where(pinned, depth_squared, 0).sum(dim=2, keepdim=True)
         free = torch.where(pinned, 0, length_squared).sum(dim=2, keepdim=True)

@@ -17,7 +17,7 @@ PGD_CURVE_STEPS = 25
 _LARGEST_MARGIN = 10.0
 # Of the loss, whose gradient advertorch does not stretch to the length of a step where it is shorter than 1e-6; a power
 # of two changes no digit of any other.
-_WEIGHT = 2.0**40
+_WEIGHT = 2.0**30
 
 
 def pgd(model: nn.Sequential, x: Tensor, y: Tensor, epsilon: float, steps: int = PGD_STEPS) -> Tensor:

@@ -108,7 +108,7 @@ def _rates_in_memory(optimizer: torch.optim.Optimizer, rates: list[Tensor]) -> I
 
 
 def in_cuda_graph(function: Callable[[], Batch]) -> Callable[[], Batch]:
-    """Record what a function launches, without running it; a call of what is returned runs that."""
+    """Record what a function launches on the current device, without running it; what is returned runs that."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):

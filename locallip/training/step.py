@@ -69,8 +69,8 @@ class RobustLoss(nn.Module):
         loss in the BCP loss. box: see `propagate`.
         """
         sparse_threshold = self.sparse_threshold if box else None
-        radii = torch.as_tensor(epsilon, dtype=x.dtype, device=x.device).expand(len(x))
-        graph = Graph.of(self.model)
+        radii = epsilon.expand(len(x)) if isinstance(epsilon, Tensor) else x.new_full((len(x),), epsilon)
+        graph = Graph.of(self.model, x)
         bound = walk_through(graph, x, radii, self.norms, sparse_threshold=sparse_threshold, box=box)
         worst = worst_logits(bound, y, self.rounds)
         loss = self.loss.compute(Situation(bound, worst, y, epsilon, self.radius, kappa, self.weight))

@@ -341,11 +341,12 @@ def test_a_norm_is_not_lost_in_overflow_or_underflow(operator, size, where):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 100.0])
-def test_a_norm_in_low_precision_is_close_at_ordinary_scales(operator, dtype, size):
+@both_ways
+def test_a_norm_in_low_precision_is_close_at_ordinary_scales(operator, dtype, size, ascend):
     layer = nn.Conv2d(2, 3, 3, stride=2, padding=1).to(dtype).requires_grad_(False)
     layer.weight.copy_(operator.weight.detach() * size)
     low = Conv.of(layer, 0, operator.input_shape)
-    found = PowerIteration(100).whole(low).upper
+    found = PowerIteration(100, ascend=ascend).whole(low).upper
     assert found.dtype == dtype
     expected = norm_of(matrix_of(low.with_weight(low.weight.double())))
     torch.testing.assert_close(found.double(), expected, rtol=0.03, atol=0)
