@@ -37,6 +37,7 @@ def seconds_per_epoch(
             "prefix": "pace",
             "resume": False,
             "start_from": None,
+            "logit_scale": 1.0,
             "compile": "no",
             "keep_vectors": False,
         }
