@@ -234,8 +234,6 @@ def _file_flags(group: argparse._ArgumentGroup) -> None:
     flag("--keep_vectors", action="store_true", help=keep)
     start_from = "begin with the weights of this file; all else, such as the schedule, is a new run's"
     flag("--start_from", type=path, metavar="CHECKPOINT", help=start_from)
-    logits = "of the logits of --start_from: losses depend on their scale, certificates do not"
-    flag("--logit_scale", type=positive_float, default=1.0, metavar="FACTOR", help=f"{logits}; default: 1")
 
 
 def _schedule_flags(group: argparse._ArgumentGroup) -> None:
@@ -337,8 +335,6 @@ def _settled(args: argparse.Namespace, defaults: Mapping[str, Any]) -> argparse.
     """The arguments with what depends on others filled in, and scaled."""
     if args.resume and args.overwrite:
         raise InputError("--resume and --overwrite exclude each other")
-    if args.logit_scale != 1 and not (args.start_from or args.resume):
-        raise InputError("--logit_scale scales the logits of --start_from; name a checkpoint there")
     args.prefix = args.prefix or f"{args.data}_{args.model}"
     if args.epsilon is None:
         args.epsilon = DATA_SETS[args.data].epsilon

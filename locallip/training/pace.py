@@ -37,7 +37,6 @@ def seconds_per_epoch(
             "prefix": "pace",
             "resume": False,
             "start_from": None,
-            "logit_scale": 1.0,
             "compile": "no",
             "keep_vectors": False,
         }

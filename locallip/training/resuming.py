@@ -20,7 +20,7 @@ _MAY_DIFFER |= {"test_batch_size", "keep_vectors"}
 _OF_THE_NETWORK = {"data", "model", "width"}
 # What every run had from before there was a flag for it.
 _BEFORE = {"lr_warmup": 0.0, "epsilon_schedule": "linear", "loss_weight": None, "ema": None, "ascend": False}
-_BEFORE |= {"unaugmented_epochs": 0, "crop_padding": 4, "optimizer": "adam", "logit_scale": 1.0}
+_BEFORE |= {"unaugmented_epochs": 0, "crop_padding": 4, "optimizer": "adam"}
 
 
 def refuse_other_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoint: Path) -> None:

@@ -92,7 +92,6 @@ class _Run:
         self.norms = self._norms()
         if args.start_from and not args.resume:
             load_weights(model, self._load(Path(args.start_from))["state_dict"], args.start_from)
-            _scale_logits(model, args.logit_scale)
         products = torch.bfloat16 if args.bfloat16 else torch.float32
         self.optimizer = OPTIMIZERS[args.optimizer](model, args.lr, products)
         self.averaged = AveragedModel(model, args.ema) if args.ema else None
@@ -297,12 +296,6 @@ class _Run:
         if not stored.bytes:
             return True
         return exists(self.files.vectors) and stored.load(self.files.vectors) == self.epoch
-
-
-@torch.no_grad()
-def _scale_logits(model: nn.Sequential, factor: float) -> None:
-    for parameter in model[-1].parameters():
-        parameter.mul_(factor)
 
 
 def _refuse_unknown_positions(indices: list[int] | None, model: nn.Sequential) -> None:

@@ -172,18 +172,6 @@ def test_a_run_starts_from_the_weights_of_another(runs):
     assert max(state["step"] for state in again["optimizer"]["state"].values()) == 4  # batches of one epoch
 
 
-def test_the_logits_of_the_weights_that_a_run_starts_from_can_be_scaled(runs):
-    first = runs.train(name="first").checkpoint
-    trained = checkpoints.load_checkpoint(first)["state_dict"]
-    one_epoch = ["--epochs", 1, "--rampup", 0, "--lr", 1e-30, "--start_from", first, "--logit_scale", 0.25]
-    again = checkpoints.load_checkpoint(runs.train(*one_epoch, name="again").checkpoint)["state_dict"]
-    *hidden, weight, bias = trained
-    assert all(torch.equal(again[key], trained[key]) for key in hidden)
-    assert all(torch.equal(again[key], 0.25 * trained[key]) for key in (weight, bias))
-    with pytest.raises(InputError, match="name a checkpoint there"):
-        runs.train("--logit_scale", 0.25, name="alone")
-
-
 def test_a_run_that_started_from_weights_remembers_it_when_resumed(runs):
     first = runs.train("--epochs", 1, "--rampup", 0, name="first").best
     runs.train_until(2, "--start_from", first, name="parts")
