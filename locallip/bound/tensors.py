@@ -83,7 +83,7 @@ def underflows(product: Tensor, *factors: Tensor) -> Tensor:
     info = torch.finfo(product.dtype)
     lost = product.abs() <= 64 * info.eps * info.tiny
     for factor in factors:
-        lost = torch.logical_and(lost, factor)
+        lost = lost & (factor != 0)
     return lost
 
 

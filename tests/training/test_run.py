@@ -10,7 +10,7 @@ from conftest import losses, read_csv, spawn, without_seconds
 import train_mnist
 import utils
 from locallip import checkpoints
-from locallip.bound.walk import propagate
+from locallip.bound.walk import propagate, walk_through
 from locallip.files import InputError
 from locallip.training import run as training_run
 from locallip.training import step as training_step
@@ -20,14 +20,20 @@ from locallip.training.run import TrainingDiverged
 
 
 def watch_bounds(monkeypatch, look):
-    """Shows `look` what every bound of training and validation is asked for."""
+    """Shows `look` what every bound of training and validation is asked for: images, radius, norms, options."""
 
-    def look_and_propagate(*args, **options):
-        look(*args, **options)
-        return propagate(*args, **options)
+    def look_and_propagate(model, x, epsilon, norms, **options):
+        look(x, epsilon, norms, **options)
+        return propagate(model, x, epsilon, norms, **options)
+
+    def look_and_walk(graph, x, epsilon, norms, **options):
+        assert (epsilon == epsilon[0]).all()
+        look(x, float(epsilon[0]), norms, **options)
+        return walk_through(graph, x, epsilon, norms, **options)
 
     for module in (validation, training_step):
         monkeypatch.setattr(module, "propagate", look_and_propagate)
+    monkeypatch.setattr(training_step, "walk_through", look_and_walk)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -99,7 +105,7 @@ def test_a_linear_rate_falls_from_step_to_step(runs, monkeypatch):
 def test_epsilon_rises_from_batch_to_batch(runs, monkeypatch):
     radii = []
 
-    def look(model, x, epsilon, norms, **options):
+    def look(x, epsilon, norms, **options):
         if torch.is_grad_enabled():
             radii.append(epsilon)
 
@@ -247,9 +253,9 @@ def test_weights_that_are_not_finite_are_never_saved(runs, monkeypatch):
 def test_training_rounds_where_asked_to_and_validation_never_does(runs, monkeypatch, flags):
     seen = []
 
-    def look(model, x, epsilon, norms, **options):
-        if isinstance(epsilon, float) and x.shape[0] > 1:
-            seen.append((model.training, norms.arithmetic.factors))
+    def look(x, epsilon, norms, **options):
+        if x.shape[0] > 1:
+            seen.append((torch.is_grad_enabled(), norms.arithmetic.factors))
 
     watch_bounds(monkeypatch, look)
     runs.train(*flags)
