@@ -138,8 +138,13 @@ class _Run:
         if args.compile == "yes" or (args.compile == "auto" and pays):
             compile_activations()
         step = Step(loss, self.norms, stored, self.optimizer)
-        alone_on_gpu = self.device.type == "cuda" and stored.device == self.device and distributed.processes() == 1
-        return RecordedStep(step, in_cuda_graph) if alone_on_gpu and args.cuda_graph == "yes" else step
+        if args.cuda_graph == "no":
+            return step
+        if self.device.type != "cuda" or stored.device != self.device or distributed.processes() > 1:
+            raise InputError(
+                "--cuda_graph yes needs one process, on a GPU that has room for the singular vectors; leave it out here"
+            )
+        return RecordedStep(step, in_cuda_graph)
 
     def train(self) -> None:
         first, args = self.epoch, self.args

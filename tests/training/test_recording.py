@@ -9,6 +9,7 @@ from recorder import record
 import utils
 from locallip.bound import worst_case
 from locallip.bound.power_iteration import PowerIteration
+from locallip.files import InputError
 from locallip.training.losses import LOSSES
 from locallip.training.optimizers import OPTIMIZERS, set_rate
 from locallip.training.recording import RecordedStep, ahead, in_cuda_graph
@@ -79,6 +80,12 @@ def test_the_optimizers_state_is_that_of_any_other_run(device):
     run(RecordedStep(step, record if device == "cpu" else in_cuda_graph), device, False)
     set_rate(step.optimizer, 1e-3)
     assert step.optimizer.state_dict()["param_groups"] == before
+
+
+def test_without_a_gpu_there_is_nothing_to_record(runs):
+    with pytest.raises(InputError, match="--cuda_graph yes needs one process, on a GPU"):
+        runs.train("--cuda_graph", "yes", "--device", "cpu")
+    assert runs.contents() == {}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
