@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from locallip.bound.tensors import ForEveryImage, eliminating, underflow_to_nan, underflows, unit
+from locallip.bound.tensors import (
+    ForEveryImage,
+    eliminating,
+    infinite_to_nan,
+    lengths,
+    underflow_to_nan,
+    underflows,
+    unit,
+)
 
 
 @pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format])
@@ -56,3 +64,18 @@ def test_what_is_flushed_to_zero_underflows(dtype):
         assert underflow_to_nan(0 * factor, factor, 0 * factor) == 0
     finally:
         torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [1, 3, 16, 1000])
+def test_what_is_infinite_becomes_nan_and_nothing_else_changes(count, dtype):
+    endless, some = torch.full((count,), torch.inf, dtype=dtype), torch.linspace(-1e4, 1e4, count).to(dtype)
+    assert infinite_to_nan(endless).isnan().all()
+    assert infinite_to_nan(-endless).isnan().all()
+    assert infinite_to_nan(endless * torch.nan).isnan().all()
+    assert torch.equal(infinite_to_nan(some), some)
+
+
+def test_a_length_that_overflows_is_nan():
+    assert lengths(torch.full((1, 4), 3e38)).isnan().all()
+    assert lengths(torch.full((1, 4), 6e4, dtype=torch.float16)).isfinite().all()  # told in float32
