@@ -72,7 +72,7 @@ def test_the_step_benchmark_prints_and_writes_its_recipes(call, tmp_path):
         "--recipes",
         *chosen,
         "--width",
-        0.05,
+        0.02,
         "--repeats",
         1,
         "--device",

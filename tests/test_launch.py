@@ -181,7 +181,7 @@ def test_processes_without_a_meeting_place_write_nothing(tmp_path):
 
 @pytest.mark.parametrize("started", [[0], [1], [0, 0]], ids=["only 0", "only 1", "0 twice"])
 def test_processes_that_do_not_meet_write_nothing(tmp_path, meeting, started):
-    for answer in start_loop(tmp_path, [names(rank) | meeting for rank in started], seconds=4):
+    for answer in start_loop(tmp_path, [names(rank) | meeting for rank in started], seconds=1):
         assert (answer.code, answer.out, len(errors(answer))) == (2, "", 1)
         assert "did not meet" in answer.err or "two processes are number 0" in answer.err
     assert not list(tmp_path.glob("few*"))

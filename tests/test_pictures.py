@@ -13,12 +13,11 @@ from locallip.evaluation import pictures
 
 NOTEBOOK = "module://matplotlib_inline.backend_inline"  # what Jupyter and Colab export, mostly not installed here
 NOWHERE = "/dev/null/nowhere"  # no folder can be made there, by whomever
+NO_HOME = {"HOME": NOWHERE, "XDG_CONFIG_HOME": "", "XDG_CACHE_HOME": NOWHERE}
 ENVIRONMENTS = {
     "notebook": {"MPLBACKEND": NOTEBOOK},
-    "unknown backend": {"MPLBACKEND": "no such backend"},
-    "window": {"MPLBACKEND": "qtagg", "DISPLAY": ""},
-    "no folder for matplotlib": {"MPLCONFIGDIR": NOWHERE},
-    "no home": {"HOME": NOWHERE, "XDG_CONFIG_HOME": "", "XDG_CACHE_HOME": NOWHERE},
+    "unknown backend and no folder": {"MPLBACKEND": "no such backend", "MPLCONFIGDIR": NOWHERE},
+    "window and no home": NO_HOME | {"MPLBACKEND": "qtagg", "DISPLAY": ""},
 }
 WITHOUT_DRAWING = """
 import contextlib, io, os, runpy, sys
@@ -52,7 +51,7 @@ def test_no_script_imports_matplotlib_for_its_help_or_where_it_draws_nothing(sav
         falsification=["falsify.py", *net, "--restarts", "1", "--slope_steps", "2"],
         benchmark=["benchmarks/certification.py", *net, "--test_sniter", "2"],
     )
-    answer = spawn("-c", code, **ENVIRONMENTS["unknown backend"])
+    answer = spawn("-c", code, MPLBACKEND="no such backend")
     assert answer.code == 0, answer.err
 
 

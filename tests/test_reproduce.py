@@ -62,22 +62,22 @@ def test_measuring_an_epoch_leaves_the_network_as_it_is(digits, tiny_net, tmp_pa
 SHORT = """
 import reproduce, sys
 from locallip.files import run_script
-reproduce.plan_of = lambda run, args: reproduce.Reproduction(2, 300, 2 / 300, 2.0, 1.0, 8, 5)
+reproduce.plan_of = lambda run, args: reproduce.Reproduction(2, 300, 2 / 300, 2.0, 1.0, 4, 5)
 run_script(reproduce.main)
 """
 
 
 def test_a_row_is_trained_evaluated_and_set_beside_the_papers(call, tmp_path):
-    flags = [JOB, *TINY, "--output_dir", tmp_path, "--epsilon", 0.3, "--test_batch_size", 4]
+    flags = [JOB, *TINY, "--output_dir", tmp_path, "--epsilon", 0.3, "--batch_size", 256, "--test_batch_size", 4]
     answer = spawn("-c", SHORT, *flags)
     shown = answer.out
     assert answer.code == 0, answer.err
     assert "2 of 300 epochs" in shown
     assert f"| `{JOB}` |" in shown.splitlines()[-1]
-    assert "first 8 images" in shown.splitlines()[-1]
+    assert "first 4 images" in shown.splitlines()[-1]
     report = tmp_path / "results" / JOB
     summaries = [json.loads((report / kind / "summary.json").read_text()) for kind in ("proven", "estimate")]
-    assert [summary["images"] for summary in summaries] == [8, 8]
+    assert [summary["images"] for summary in summaries] == [4, 4]
     assert summaries[0]["checkpoint"]["training"]["epochs"] == 2
     assert [(summary["epsilon"], summary["arguments"]["test_batch_size"]) for summary in summaries] == [(0.3, 4)] * 2
     assert (tmp_path / "maxmin" / "mnist_4C3F_maxmin_best.pth").is_file()
