@@ -36,7 +36,7 @@ def ask(norms, operator, rows, columns):
 @given(case=masked_operators())
 def test_norms_approach_those_of_the_dense_matrix_from_below(case, ascend):
     operator, rows, columns = case
-    norms = PowerIteration(1000, ascend=ascend)
+    norms = PowerIteration(300 if ascend else 1000, ascend=ascend)  # ascent needs fewer
     with torch.no_grad():
         whole = norms.whole(operator)
         masked = norms.masked(operator, rows, columns, whole).upper.expand(BATCH)
