@@ -140,10 +140,20 @@ class Run:
         """Images per training step, in each process."""
         return self._number("batch_size")
 
+    @property
+    def behind(self) -> str | None:
+        """The job with whose weights it begins; None: it begins afresh."""
+        weights = self._given("start_from")
+        return next((run.job for run in RUNS if weights == f"pretrained/{run.prefix}_best.pth"), None)
+
     def _number(self, name: str) -> int:
+        given = self._given(name)
+        return self.recipe.defaults[name] if given is None else int(given)
+
+    def _given(self, name: str) -> str | None:
         words = self.flags.split()
         flag = f"--{name}"
-        return int(words[words.index(flag) + 1]) if flag in words else self.recipe.defaults[name]
+        return words[words.index(flag) + 1] if flag in words else None
 
     def training(self) -> list[str]:
         """The flags of the training, as words."""

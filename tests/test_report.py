@@ -476,11 +476,43 @@ def test_trainings_on_one_data_set_are_drawn_beside_each_other(repository, finis
     assert [path.name for path in (repository / "results").glob("*.png")] == ["mnist-over-minutes.png"]
     (row,) = (row for row in ROWS if row.job == "mnist-4c3f")
     with pictures.drawing(tmp_path / "minutes.png") as axes:
-        pictures.over_minutes(axes, [(row, table.read_epochs(repository / "results" / row.job))])
+        pictures.over_minutes(axes, [table.Training(row, table.read_epochs(repository / "results" / row.job))])
     curve, paper = axes.lines
     assert curve.get_xdata() == pytest.approx([30, 90, 120])
     assert curve.get_ydata() == pytest.approx([0, 40, 50])
     assert paper.get_ydata() == pytest.approx([55.8, 55.8])
+
+
+def test_a_training_behind_another_is_drawn_behind_it_and_ends_in_what_is_proven(repository, finish, monkeypatch):
+    jobs = {"cifar10-muon": None, "cifar10-best": "cifar10-muon"}
+    assert {row.job: row.behind for row in ROWS if row.job in jobs} == jobs
+    for job in jobs:
+        finish(job)
+        (repository / "results" / job / "epochs.csv").write_text(EPOCHS)
+    lines = {}
+    draw = pictures.over_minutes
+
+    def drawn(axes, trainings):
+        draw(axes, trainings)
+        lines.update(
+            {training.row.job: axes.lines[2 * place : 2 * place + 2] for place, training in enumerate(trainings)}
+        )
+
+    monkeypatch.setattr(pictures, "over_minutes", drawn)
+    table_script.main()
+    percent = json.loads((repository / "results/cifar10-best/proven/summary.json").read_text())["accuracy"]["certified"]
+    for job, minutes in {"cifar10-muon": [30, 90, 120], "cifar10-best": [150, 210, 240]}.items():
+        curve, end = lines[job]
+        assert curve.get_xdata() == pytest.approx(minutes)
+        assert end.get_xdata() == pytest.approx([minutes[-1]] * 2)
+        assert end.get_ydata() == pytest.approx([50, percent["percent"]])
+
+
+def test_a_training_whose_beginning_left_no_log_is_not_drawn(repository, finish):
+    finish("cifar10-best")
+    (repository / "results" / "cifar10-best" / "epochs.csv").write_text(EPOCHS)
+    table_script.main()
+    assert not (repository / "results" / "cifar10-best" / "training.png").exists()
 
 
 @pytest.mark.parametrize("damage", [("0.79", "much"), ("epsilon", "radius"), (",1800", "")])

@@ -26,7 +26,7 @@ from locallip.files import write_atomically
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from locallip.evaluation.table import Row
+    from locallip.evaluation.table import Row, Training
 
 # Letters of a title that fit above a picture.
 _TITLE = 78
@@ -173,21 +173,31 @@ def bound_over_attained(axes: Axes, product: np.ndarray, dual: np.ndarray, epsil
     axes.legend(frameon=False, fontsize=9)
 
 
-def over_minutes(axes: Axes, trainings: Sequence[tuple[Row, list[dict[str, float]]]]) -> None:
-    """Draw what trainings on one data set certify over the time they took, and what the paper does in the end.
-
-    trainings: what was trained, and the rows of its log.
-    """
+def over_minutes(axes: Axes, trainings: Sequence[Training]) -> None:
+    """Draw what trainings on one data set certify over the time they took, what is proven, and the paper in the end."""
     looks = itertools.product(("-", "-.", ":"), (LOCAL, INK, ATTACK, GLOBAL))
-    for (row, epochs), (style, color) in zip(trainings, itertools.cycle(looks)):
-        minutes = np.cumsum([epoch["seconds"] for epoch in epochs]) / 60
+    for training, (style, color) in zip(trainings, itertools.cycle(looks)):
+        row, epochs = training.row, training.epochs
+        minutes = training.before + np.cumsum([epoch["seconds"] for epoch in epochs]) / 60
         certified = [100 * (1 - epoch["validation_certified_error"]) for epoch in epochs]
-        axes.plot(minutes, certified, style, color=color, label=f"{row.job}, {len(epochs)} of {row.epochs} epochs")
-    papers = [row.paper[2] for row, _ in trainings if row.paper is not None]
+        behind = f" behind {row.behind}" if row.behind else ""
+        label = f"{row.job}, {len(epochs)} of {row.epochs} epochs{behind}"
+        axes.plot(minutes, certified, style, color=color, label=label)
+        if training.proven is not None:
+            ends = [minutes[-1]] * 2, [certified[-1], training.proven]
+            axes.plot(*ends, ":", color=color, linewidth=0.8, marker="o", markevery=[1])
+            place = {"xytext": (5, -3), "textcoords": "offset points", "fontsize": 8, "color": color}
+            axes.annotate(f"{training.proven:.1f}", (minutes[-1], training.proven), **place)
+    if any(training.proven is not None for training in trainings):
+        axes.plot([], [], "o", color=INK, label="proven of the test images, with the dual, in the end")
+    papers = [training.row.paper[2] for training in trainings if training.row.paper is not None]
     for best in papers and [max(papers)]:
-        axes.axhline(best, color=INK, linewidth=0.8, linestyle="--", label=f"the paper's best at the end, {best:.1f}")
-    axes.set(xlabel="minutes of training", ylabel="certified, estimate (%)", xlim=(0, None), ylim=(0, 100))
-    axes.set_title(f"{trainings[0][0].data}, validation images", loc="left", fontsize=11)
+        axes.axhline(best, color=INK, linewidth=0.8, linestyle="--", label=f"the paper's best estimate, {best:.1f}")
+    end = 1.06 * axes.dataLim.x1  # room for the last number
+    axes.set(
+        xlabel="minutes of training", ylabel="certified by the product, estimate (%)", xlim=(0, end), ylim=(0, 100)
+    )
+    axes.set_title(f"{trainings[0].row.data}, validation images", loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
 
 
@@ -216,7 +226,8 @@ def training(axes: Axes, epochs: list[dict[str, float]], row: Row) -> None:
                 color=color,
             )
     full = next((epoch["epoch"] for epoch in epochs if epoch["epsilon"] == epochs[-1]["epsilon"]), numbers[-1])
-    axes.axvspan(numbers[0], full, color=GLOBAL, alpha=0.1, linewidth=0, label="ε rises")
+    if full > numbers[0]:
+        axes.axvspan(numbers[0], full, color=GLOBAL, alpha=0.1, linewidth=0, label="ε rises")
     axes.set(xlim=(numbers[0], numbers[-1]), ylim=(0, 100), xlabel="epoch", ylabel="accuracy (%)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     title = textwrap.fill(row.title, _TITLE)

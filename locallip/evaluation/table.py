@@ -27,6 +27,7 @@ class Row:
         batch_size: of the recipe, in each process.
         data: what the data set is called.
         classes: of the whole data set.
+        behind: the job with whose weights the training begins; None: it begins afresh.
     """
 
     job: str
@@ -37,6 +38,7 @@ class Row:
     batch_size: int
     data: str
     classes: int
+    behind: str | None = None
 
 
 # The test images of every data set of the paper.
@@ -59,6 +61,23 @@ _REPORTS = ("proven", "product", "estimate")
 
 
 @dataclass(frozen=True)
+class Training:
+    """A training beside others.
+
+    Attributes:
+        row: what was trained.
+        epochs: rows of its log.
+        before: minutes that the training took with whose weights it begins.
+        proven: percent of the test images that are certified with its weights; None: nothing tells.
+    """
+
+    row: Row
+    epochs: list[dict[str, float]]
+    before: float = 0.0
+    proven: float | None = None
+
+
+@dataclass(frozen=True)
 class Found:
     """What the summaries of a row found, ready for the table.
 
@@ -66,11 +85,13 @@ class Found:
         accuracies: clean and PGD, estimate, proven by the product of norms, proven in all.
         trained: how long, and whatever else forbids to compare a figure with the paper's as it stands.
         remarks: everything else in which the run differs from the recipe, and on what it was evaluated.
+        proven: the last of the accuracies in percent; None: not run.
     """
 
     accuracies: tuple[str, str, str, str]
     trained: str
     remarks: str
+    proven: float | None = None
 
 
 _NOT_RUN = Found(("not run", "", "", ""), "", "")
@@ -132,7 +153,8 @@ def _compiled(row: Row, by_report: dict[str, dict], epochs: list[dict[str, float
         seconds = [epoch["seconds"] for epoch in epochs]
         warnings[f"{sum(seconds) / 3600:.1f} h"] = None
         details[f"{np.median(seconds):.0f} s an epoch"] = None
-    return Found((attacked, estimate, product, proven), ", ".join(warnings), "; ".join(details))
+    percent = by_report["proven"]["accuracy"]["certified"]["percent"] if "proven" in by_report else None
+    return Found((attacked, estimate, product, proven), ", ".join(warnings), "; ".join(details), percent)
 
 
 def _percent(summary: dict, name: str) -> str:
@@ -222,15 +244,32 @@ def refresh(root: Path, rows: Sequence[Row]) -> str:
 
 def _draw_trainings(rows: Sequence[Row], results: Path) -> None:
     """Every training by itself, and those on one data set beside each other."""
-    logged = [(row, epochs) for row in rows if (epochs := read_epochs(results / row.job))]
-    for row, epochs in logged:
-        with pictures.drawing(results / row.job / "training.png") as axes:
-            pictures.training(axes, epochs, row)
-    for data in {row.data for row, _ in logged}:
-        of_data = [(row, epochs) for row, epochs in logged if row.data == data]
+    trainings = _trainings(rows, results)
+    for training in trainings:
+        with pictures.drawing(results / training.row.job / "training.png") as axes:
+            pictures.training(axes, training.epochs, training.row)
+    for data in {training.row.data for training in trainings}:
+        of_data = [training for training in trainings if training.row.data == data]
         if len(of_data) > 1:
-            with pictures.drawing(results / f"{data.lower().replace(' ', '-')}-over-minutes.png") as axes:
+            with pictures.drawing(results / f"{data.lower().replace(' ', '-')}-over-minutes.png", 5.2) as axes:
                 pictures.over_minutes(axes, of_data)
+
+
+def _trainings(rows: Sequence[Row], results: Path) -> list[Training]:
+    """Those that left a log, and of those behind another one's weights those whose beginning left one too."""
+    logs = {row.job: (row, epochs) for row in rows if (epochs := read_epochs(results / row.job))}
+
+    def minutes_before(row: Row) -> float:
+        if row.behind is None:
+            return 0.0
+        before, epochs = logs[row.behind]
+        return minutes_before(before) + sum(epoch["seconds"] for epoch in epochs) / 60
+
+    return [
+        Training(row, epochs, minutes_before(row), _found(row, results).proven)
+        for row, epochs in logs.values()
+        if row.behind is None or row.behind in logs
+    ]
 
 
 def _with_block(path: Path, begin: str, block: str, end: str) -> str:
