@@ -85,7 +85,7 @@ class Found:
         accuracies: clean and PGD, estimate, proven by the product of norms, proven in all.
         trained: how long, and whatever else forbids to compare a figure with the paper's as it stands.
         remarks: everything else in which the run differs from the recipe, and on what it was evaluated.
-        proven: the last of the accuracies in percent; None: not run.
+        proven: the last of the accuracies in percent; None: not run, or not on test images.
     """
 
     accuracies: tuple[str, str, str, str]
@@ -153,7 +153,8 @@ def _compiled(row: Row, by_report: dict[str, dict], epochs: list[dict[str, float
         seconds = [epoch["seconds"] for epoch in epochs]
         warnings[f"{sum(seconds) / 3600:.1f} h"] = None
         details[f"{np.median(seconds):.0f} s an epoch"] = None
-    percent = by_report["proven"]["accuracy"]["certified"]["percent"] if "proven" in by_report else None
+    tested = "proven" in by_report and not by_report["proven"]["arguments"].get("held_out")
+    percent = by_report["proven"]["accuracy"]["certified"]["percent"] if tested else None
     return Found((attacked, estimate, product, proven), ", ".join(warnings), "; ".join(details), percent)
 
 
@@ -256,20 +257,20 @@ def _draw_trainings(rows: Sequence[Row], results: Path) -> None:
 
 
 def _trainings(rows: Sequence[Row], results: Path) -> list[Training]:
-    """Those that left a log, and of those behind another one's weights those whose beginning left one too."""
+    """Those that left a log, and of those behind another one's weights those that can be placed behind it."""
     logs = {row.job: (row, epochs) for row in rows if (epochs := read_epochs(results / row.job))}
 
     def minutes_before(row: Row) -> float:
+        """NaN where a log is missing on the way."""
         if row.behind is None:
             return 0.0
+        if row.behind not in logs:
+            return np.nan
         before, epochs = logs[row.behind]
         return minutes_before(before) + sum(epoch["seconds"] for epoch in epochs) / 60
 
-    return [
-        Training(row, epochs, minutes_before(row), _found(row, results).proven)
-        for row, epochs in logs.values()
-        if row.behind is None or row.behind in logs
-    ]
+    found = [Training(row, epochs, minutes_before(row), _found(row, results).proven) for row, epochs in logs.values()]
+    return [training for training in found if not np.isnan(training.before)]
 
 
 def _with_block(path: Path, begin: str, block: str, end: str) -> str:
