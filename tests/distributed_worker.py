@@ -1,13 +1,10 @@
-"""What one of several processes works out for test_distributed.py; as a script, `distributed_worker.py FOLDER`."""
+"""What one of several processes works out for test_distributed.py."""
 
 import argparse
 import sys
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 
 import evaluate
 import locallip.evaluation.evaluation as evaluation_module
@@ -141,7 +138,8 @@ def everything(folder):
     return found
 
 
-if __name__ == "__main__":
+def main():
+    """Leave in the folder of the command line what the processes find."""
     folder = Path(sys.argv[1])
     with distributed.process_group("cpu"):
         found = everything(folder)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, Answer, read_csv
+from forks import environments_of, run_at_once
 
 import utils
 from locallip import checkpoints, devices, distributed
@@ -65,8 +66,8 @@ def alone(tmp_path_factory):
 def together(request, tmp_path_factory):
     """How many processes, and what they find."""
     folder = tmp_path_factory.mktemp(f"together{request.param}")
-    answer = launch(request.param, ROOT / "tests" / "distributed_worker.py", folder)
-    assert answer.code == 0, answer.err
+    for answer in run_at_once(environments_of(request.param), worker.main, folder):
+        assert answer.code == 0, answer.err
     return request.param, torch.load(folder / "found.pt", weights_only=False)
 
 

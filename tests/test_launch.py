@@ -1,15 +1,18 @@
 """Several processes without torchrun: their environment says enough for one run, or is refused in one line."""
 
-import os
+import functools
 import re
-import socket
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
-from conftest import ROOT, TINY, Answer, read_csv
+from conftest import ROOT, TINY, read_csv
+from forks import environment_with, meeting_place, run_at_once
 
-from locallip import launch
+import train_mnist
+import utils
+from locallip import distributed, files, launch
 from locallip.launch import Launch
 
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -20,13 +23,6 @@ LAUNCHERS = {
     "srun": {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "3", "SLURM_NTASKS": "3"},
     "srun with the size exported": {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "3", "WORLD_SIZE": "3"},
 }
-OF_LAUNCHERS = re.compile("RANK|LOCAL_|WORLD_SIZE|MASTER_|OMPI_|PMI_|SLURM_|TORCHELASTIC")
-
-
-def process_environment(**given):
-    """This process's environment without any launcher's variables, and with these."""
-    plain = {name: value for name, value in os.environ.items() if not OF_LAUNCHERS.match(name)}
-    return plain | {"OMP_NUM_THREADS": "1"} | given
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -93,52 +89,29 @@ def test_what_cannot_be_joined_is_refused_with_a_way_out(case):
 # --- for real
 
 SHORT = ["--epochs", 1, "--rampup", 0, "--epsilon", 0.1, "--epsilon_train", 0.1, "--sniter", 1, "--test_sniter", 1]
-# A connection that still stands while the interpreter shuts down aborts the process at times; here it always does.
-FEW_DIGITS = """
-import atexit, os, sys
-sys.path.insert(0, {root!r})
-from datetime import timedelta
-import train_mnist, utils
-import locallip.files
-from locallip import distributed
 
-atexit.register(lambda: distributed.dist.is_initialized() and os.abort())
-distributed._MEETING = timedelta(seconds={seconds})
-distributed._SECONDS_FOR_TORCHRUN = locallip.files._SECONDS_FOR_RANK_0 = 0
-load_data = utils.load_data
-utils.load_data = lambda data, data_dir, train: load_data(data, data_dir, train)[: 66 if train else 21]
-locallip.files.run_script(train_mnist.main)
-"""
+
+def train_on_few_digits(seconds):
+    """What a process of the loop runs; it waits so long for the others."""
+    load_data = utils.load_data
+    utils.load_data = lambda data, data_dir, train: load_data(data, data_dir, train)[: 66 if train else 21]
+    distributed._MEETING = timedelta(seconds=seconds)
+    distributed._SECONDS_FOR_TORCHRUN = files._SECONDS_FOR_RANK_0 = 0
+    train_mnist.main()
+    # A connection that still stands while an interpreter shuts down aborts the process at times.
+    assert not distributed.dist.is_initialized()
 
 
 def start_loop(folder, environments, *flags, seconds=60):
     """What a hand-written loop does: one process for each environment; how they ended."""
-    script = folder / "train_few.py"
-    script.write_text(FEW_DIGITS.format(root=str(ROOT), seconds=seconds))
-    command = [sys.executable, script, *TINY, *SHORT, "--output_dir", folder, "--prefix", "few", *flags]
-    started = [
-        subprocess.Popen(
-            [str(word) for word in command],
-            env=process_environment(**environment),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for environment in environments
-    ]
-    try:
-        ends = [process.communicate(timeout=100) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [Answer(process.returncode, *end) for process, end in zip(started, ends)]
+    main = functools.partial(train_on_few_digits, seconds)
+    words = [*TINY, *SHORT, "--output_dir", folder, "--prefix", "few", *flags]
+    return run_at_once([environment_with(**given) for given in environments], main, *words)
 
 
 @pytest.fixture
 def meeting():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    return meeting_place()
 
 
 def names(rank):
@@ -210,7 +183,7 @@ def test_of_two_processes_of_one_rank_one_is_refused_and_the_run_is_whole(tmp_pa
     ids=lambda command: command[0],
 )
 def test_scripts_of_one_process_refuse_to_be_one_of_several(command):
-    environment = process_environment(**names(0), **MEETING)
+    environment = environment_with(**names(0), **MEETING)
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
     assert "process 0 of 2" in done.stderr

@@ -4,16 +4,14 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, WIDTH, spawn
+from conftest import TINY, WIDTH, spawn
+from forks import Fork, environments_of, run_at_once
 
 import evaluate
 import utils
@@ -22,7 +20,7 @@ from locallip.checkpoints import load_checkpoint, save_checkpoint
 from locallip.evaluation import evaluation, unfinished
 from locallip.evaluation.plan import Plan, seed_of
 
-SMALL = ["--epsilon", 0.01, "--images", 14, "--test_batch_size", 4, "--curve_images", 6, "--test_sniter", 20]
+SMALL = ["--epsilon", 0.01, "--images", 14, "--test_batch_size", 4, "--curve_images", 3, "--test_sniter", 20]
 SMALL += ["--certificate", "both", "--certificate_seed", 7]
 BATCHES = 4
 
@@ -125,37 +123,26 @@ def test_stopped_at_a_write_and_resumed_it_reports_the_same(call, flags, report,
     assert contents(out) == report
 
 
-def kill_at_random(rng, command, out):
+def kill_at_random(rng, flags, out):
     """Start an evaluation, kill it with -9 in the midst of its work; returns how many batches it left."""
     before = len(list(out.glob("unfinished/*.npz")))
-    with subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as running:
-        deadline = time.monotonic() + 60
-        while running.poll() is None and len(list(out.glob("unfinished/*.npz"))) == before:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.2))
-        running.send_signal(signal.SIGKILL)
-        running.communicate()
+    running = Fork(evaluate.main, *flags, "--out", out)
+    running.kill_behind(lambda: len(list(out.glob("unfinished/*.npz"))) != before, rng.uniform(0, 0.2))
     return len(list(out.glob("unfinished/[0-9]*.npz")))
 
 
 def test_killed_at_random_moments_and_resumed_by_one_or_two_processes_it_reports_the_same(
-    flags, report, tmp_path, monkeypatch
+    call, flags, report, tmp_path
 ):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     rng, out = random.Random(0), tmp_path / "killed"
-    command = ["evaluate.py", *flags, "--out", out]
-    done = kill_at_random(rng, command, out)
+    done = kill_at_random(rng, flags, out)
     if (out / "unfinished").exists():
-        assert kill_at_random(rng, [*command, "--resume"], out) >= done or not (out / "unfinished").exists()
+        assert kill_at_random(rng, [*flags, "--resume"], out) >= done or not (out / "unfinished").exists()
     shutil.copytree(out, tmp_path / "copy")
     if (out / "unfinished" / "run.json").exists():
-        assert spawn(*command, "--resume").code == 0
-        several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "evaluate.py", *flags]
-        answer = spawn(*several, "--out", tmp_path / "copy", "--resume")
-        assert answer.code == 0, answer.err
+        assert call("evaluate", *flags, "--out", out, "--resume").code == 0
+        for answer in run_at_once(environments_of(2), evaluate.main, *flags, "--out", tmp_path / "copy", "--resume"):
+            assert answer.code == 0, answer.err
     assert contents(out) == report
     assert contents(tmp_path / "copy") == report
 

@@ -1,31 +1,24 @@
 """Runs that are killed with -9: at most an epoch is lost, and what the three files say is one thing."""
 
+import functools
+import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, RUN, losses, read_csv, spawn
+from conftest import RUN, losses, read_csv
+from forks import Fork
 
+import train_mnist
 from locallip import checkpoints
 from locallip.files import InputError
 from locallip.training.files import RunFiles, best_epoch
 
-# Trains on the few digits of the fixture.
-TRAIN_FEW = """
-import os, signal, sys
-import train_mnist, utils
 
-load_data = utils.load_data
-utils.load_data = lambda data, data_dir, train: load_data(data, data_dir, train)[: 128 if train else 64]
-"""
-# The same once for each of these numbers, in a folder of that name: it is killed instead of writing its Nth file.
-DIE_AT_WRITES = """
 def train_and_die(write):
+    """A run that is killed instead of writing its file of this number."""
     replace, written = os.replace, []
 
     def replace_or_die(*paths):
@@ -35,16 +28,9 @@ def train_and_die(write):
         replace(*paths)
 
     os.replace = replace_or_die
-    sys.argv += ["--output_dir", str(write)]
     train_mnist.main()
-    os._exit(0)
 
-folder, writes = sys.argv.pop(1), sys.argv.pop(1)
-os.chdir(folder)
-for write in map(int, writes.split(",")):
-    child = os.fork() or train_and_die(write)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-"""
+
 # At this radius the error falls in the second epoch too.
 EASY = [
     "--epochs",
@@ -82,31 +68,24 @@ def assert_consistent(files, epochs):
 
 def kill_at_writes(folder, writes, *flags):
     """Leaves in folder/N what a run does that is killed instead of writing its Nth file, for each of these N."""
-    numbers = ",".join(map(str, writes))
-    answer = spawn(
-        "-c", TRAIN_FEW + DIE_AT_WRITES, folder, numbers, *RUN, "--prefix", "tiny", *EASY, *flags, OMP_NUM_THREADS="1"
-    )
-    assert answer.code == 0, answer.err
+    for write in writes:
+        words = [*RUN, "--output_dir", folder / str(write), "--prefix", "tiny", *EASY, *flags]
+        answer = Fork(functools.partial(train_and_die, write), *words).end()
+        assert answer.code == -signal.SIGKILL, answer.err
 
 
 # Six writes: checkpoint, best and log of the first epoch, then of the second.
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("killed")
-    kill_at_writes(folder, range(1, 7))
-    return folder
-
-
 @pytest.mark.parametrize("write", range(1, 7))
-def test_a_run_killed_before_a_write_lost_an_epoch_at_most_and_is_consistent_when_resumed(runs, capsys, killed, write):
+def test_a_run_killed_before_a_write_lost_an_epoch_at_most_and_is_consistent_when_resumed(runs, capsys, write):
     whole = runs.train(*EASY)
     errors = [float(row["validation_certified_error"]) for row in read_csv(whole.log)]
     assert errors[1] < errors[0], "the second epoch has to be the best for it to have three writes"
-    shutil.copytree(killed / str(write), runs.folder / "killed")
-    files, saved = runs.files("killed"), (write > 1) + (write > 4)  # epochs whose checkpoint is there
+    kill_at_writes(runs.folder, [write])
+    killed, saved = str(write), (write > 1) + (write > 4)  # epochs whose checkpoint is there
+    files = runs.files(killed)
     assert files.checkpoint.exists() == (saved > 0)
     if saved:
-        runs.train(*EASY, "--resume", name="killed")
+        runs.train(*EASY, "--resume", name=killed)
         assert f"resuming after epoch {saved} of 2" in capsys.readouterr().out
         assert_consistent(files, 2)
         assert losses(files.log)[:saved] == losses(whole.log)[:saved]
@@ -127,29 +106,17 @@ def test_a_run_that_replaces_another_and_is_killed_does_not_go_on_with_its_files
         assert checkpoints.load_checkpoint(runs.files(name).best)["arguments"]["seed"] == 1
 
 
-def kill_at_random(rng, flags, log):
-    """Start a run, kill it with -9 some time behind its next epoch; returns whether it was still running."""
-    before = log.stat().st_mtime_ns if log.exists() else None
-    command = [sys.executable, "-c", TRAIN_FEW + "train_mnist.main()", *flags]
-    with subprocess.Popen(
-        [str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as running:
-        deadline = time.monotonic() + 60
-        while running.poll() is None and (log.stat().st_mtime_ns if log.exists() else None) == before:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.4))
-        running.send_signal(signal.SIGKILL)
-        running.communicate()
-    return running.returncode == -signal.SIGKILL
+def written_at(path):
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
-def test_killed_at_random_moments_a_run_is_consistent_whenever_it_is_resumed(runs, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_killed_at_random_moments_a_run_is_consistent_whenever_it_is_resumed(runs):
     rng, files, epochs, reached = random.Random(0), runs.files(), 12, 0
     flags = [*EASY, "--epochs", epochs]
     for start in range(3):
-        kill_at_random(rng, [*runs.flags(), *flags, *(["--resume"] if start else [])], files.log)
+        before = written_at(files.log)
+        run = Fork(train_mnist.main, *runs.flags(), *flags, *(["--resume"] if start else []))
+        run.kill_behind(lambda before=before: written_at(files.log) != before, rng.uniform(0, 0.4))
         epoch = checkpoints.load_checkpoint(files.checkpoint)["epoch"]
         assert epoch > 0
         assert epoch >= reached

@@ -1,11 +1,13 @@
 """Training runs of tiny nets: losses, logs, checkpoints, accidents."""
 
 import math
+import os
 import signal
 
 import pytest
 import torch
-from conftest import losses, read_csv, spawn, without_seconds
+from conftest import losses, read_csv, without_seconds
+from forks import Fork
 
 import train_mnist
 import utils
@@ -201,27 +203,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(runs
     assert runs.contents() == before
 
 
-DIE_WHILE_SAVING = """
-import os, signal
-import torch, train_mnist, utils
+def die_while_saving():
+    save = torch.save
 
-load_data, save = utils.load_data, torch.save
+    def save_half_and_die(checkpoint, path):
+        save(checkpoint, path)
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-def save_half_and_die(checkpoint, path):
-    save(checkpoint, path)
-    os.truncate(path, os.path.getsize(path) // 2)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-torch.save = save_half_and_die
-utils.load_data = lambda data, data_dir, train: load_data(data, data_dir, train)[: 128 if train else 64]
-train_mnist.main()
-"""
+    torch.save = save_half_and_die
+    train_mnist.main()
 
 
 def test_kill_during_save_leaves_the_earlier_checkpoint(runs):
     runs.train_until(1)
     before = runs.contents()
-    answer = spawn("-c", DIE_WHILE_SAVING, *runs.flags(), "--resume")
+    answer = Fork(die_while_saving, *runs.flags(), "--resume").end()
     assert answer.code == -signal.SIGKILL, answer.err
     after = runs.contents()
     assert {name: after[name] for name in before} == before
