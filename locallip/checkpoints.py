@@ -28,6 +28,11 @@ _BEGINNINGS = (
     (b"\x89HDF", "an HDF5 file, as of Keras"),
     (b"\x93NUMPY", "an array of NumPy"),
 )
+# What weights may be, by whether the model's are in floating point.
+_KINDS = {
+    True: (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    False: (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+}
 _BEGINNING_OF_TORCH_SAVE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # without zip, as until torch 1.5
 
 
@@ -82,7 +87,10 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
         if state[key].shape != expected[key].shape:
             ours, theirs = tuple(expected[key].shape), tuple(state[key].shape)
             raise InputError(f"{source} is of another architecture: '{key}' is {theirs}, the chosen model has {ours}")
-        if not torch.isfinite(state[key]).all():
+        if state[key].dtype not in _KINDS[expected[key].is_floating_point()]:
+            ours, theirs = expected[key].dtype, state[key].dtype
+            raise InputError(f"{source} is unusable: '{key}' is {theirs}, the chosen model has {ours}; {_WAY_OUT}")
+        if not torch.isfinite(state[key].to(expected[key].dtype)).all():
             raise InputError(f"{source} is unusable: '{key}' holds NaN or infinity")
     model.load_state_dict(state)
 
@@ -131,6 +139,8 @@ def _named(keys: Any) -> str:
 
 def _refuse_parts_of_tensors(state: Mapping[str, Tensor], path: Path) -> None:
     for key, value in state.items():
+        if value.is_meta:
+            raise InputError(f"{path} holds no values for '{key}', which is on the device meta; {_WAY_OUT}")
         if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or value.is_quantized:
             kind = type(value).__name__ if value.layout is torch.strided else value.layout
             raise InputError(f"{path} is no checkpoint of plain tensors: '{key}' is a {kind}; {_WAY_OUT}")

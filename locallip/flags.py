@@ -12,6 +12,8 @@ from locallip.files import InputError, expand_home, fail
 
 # Below it single precision has no full numbers, and 0 in the end.
 _SMALLEST = 2.0**-126
+# Beyond it squares of single precision are infinite far too soon.
+_LARGEST = 1e30
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -83,6 +85,8 @@ def natural_float(text: str) -> float:
         raise argparse.ArgumentTypeError(f"must be a number such as 0.5 or 36/255, got '{text}'") from None
     if not (value >= 0 and math.isfinite(value)):
         raise argparse.ArgumentTypeError(f"must be a finite number >= 0, got {text}")
+    if value > _LARGEST:
+        raise argparse.ArgumentTypeError(f"must be at most {_LARGEST:g}, got {text}")
     if 0 < value < _SMALLEST:
         raise argparse.ArgumentTypeError(f"must be 0 or at least {_SMALLEST:.2g}, got {text}")
     return value

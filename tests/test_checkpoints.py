@@ -75,6 +75,12 @@ def test_load_checkpoint_refuses_what_holds_no_state_dict(tmp_path, content):
         checkpoints.load_checkpoint(tmp_path / "net.pth")
 
 
+def test_load_checkpoint_refuses_weights_without_values(tmp_path):
+    torch.save({"state_dict": {"0.weight": torch.zeros(3, device="meta")}}, tmp_path / "net.pth")
+    with pytest.raises(InputError, match=r"holds no values for '0\.weight'"):
+        checkpoints.load_checkpoint(tmp_path / "net.pth")
+
+
 def without(state, key):
     return {k: v for k, v in state.items() if k != key}
 
@@ -87,8 +93,16 @@ def without(state, key):
         (lambda state: state | {"13.bias": torch.zeros(11)}, r"'13.bias' is \(11,\)"),
         (lambda state: state | {"13.bias": torch.full((10,), torch.nan)}, "'13.bias' holds NaN"),
         (lambda state: state | {"13.bias": torch.full((10,), -torch.inf)}, "'13.bias' holds NaN or infinity"),
+        (
+            lambda state: state | {"13.bias": torch.full((10,), 1e300, dtype=torch.float64)},
+            "'13.bias' holds NaN or infinity",
+        ),
+        (lambda state: state | {"13.bias": torch.ones(10) * 1j}, "'13.bias' is torch.complex64, .* torch.float32"),
+        (lambda state: state | {"13.bias": torch.ones(10, dtype=torch.uint16)}, "'13.bias' is torch.uint16"),
+        (lambda state: state | {"13.bias": torch.ones(10) > 0}, "'13.bias' is torch.bool"),
+        (lambda state: state | {"13.bias": torch.ones(10).to(torch.float8_e4m3fn)}, "'13.bias' is torch.float8_e4m3fn"),
     ],
-    ids=["missing", "unexpected", "shape", "NaN", "infinity"],
+    ids=["missing", "unexpected", "shape", "NaN", "infinity", "too large", "complex", "uint16", "bool", "float8"],
 )
 def test_load_weights_is_all_or_nothing(tiny_net, spoil, complaint):
     before = {key: value.clone() for key, value in tiny_net.state_dict().items()}

@@ -12,7 +12,9 @@ def test_a_number_may_be_a_fraction(text, value):
     assert flags.natural_float(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "/", "36/", "/255", "0/0", "1/2/3", "-1", "1/-2", "nan", "inf", "1e999", "1e-46"])
+@pytest.mark.parametrize(
+    "text", ["", "/", "36/", "/255", "0/0", "1/2/3", "-1", "1/-2", "nan", "inf", "1e999", "1e31", "1e-46"]
+)
 def test_what_is_no_number_of_at_least_0_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError):
         flags.natural_float(text)

@@ -287,6 +287,8 @@ def test_a_tie_is_misclassified(epsilon):
         ({"batch_size": 0}, "batch size"),
         ({"clip": (1.0, 0.0)}, "clip"),
         ({"clip": (0.0, 0.5)}, "outside"),
+        ({"clip": (0, 10**400)}, "clip"),
+        ({"clip": (0.0, math.inf)}, "clip"),
         ({"failure_probability": 2.0}, "probability"),
     ],
     ids=str,
@@ -393,6 +395,23 @@ def test_descent_attains_the_worst_margin_of_a_linear_net_and_goes_for_the_class
     torch.testing.assert_close(margins(net(x + step), y)[:, 3], worst[:, 3], rtol=0, atol=2e-3)
     start = descend(net, x, y, epsilon, start=step, steps=0, other=torch.full((5,), 3))
     torch.testing.assert_close(start, step, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("hide", [torch.no_grad, torch.enable_grad], ids=["no_grad", "detach"])
+def test_a_network_that_hides_its_gradients_is_attacked_without_them(hide):
+    class Hiding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(6, 3, bias=False)
+
+        def forward(self, x):
+            with hide():
+                return self.last(x.detach())
+
+    model, x = Hiding().eval(), torch.rand(16, 6)
+    result = verify(model, x, model(x).argmax(dim=1), 20.0)
+    assert set(result.status) <= {"attacked", "open"}
+    assert "attacked" in result.status
 
 
 def test_a_seed_may_have_as_many_bits_as_those_that_are_drawn(net):

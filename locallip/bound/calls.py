@@ -71,7 +71,7 @@ def translate(args: tuple, kwargs: dict[str, Any], call: Call) -> tuple[Step, ..
         steps = _TABLE[call.function](call, *args, **kwargs)
     except NoTranslationError:
         raise
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, ArithmeticError, IndexError, AssertionError) as error:
         raise NoTranslationError(f"has arguments without a rule ({error})") from None
     steps = steps if isinstance(steps, tuple) else (steps,)
     if len(steps) != len(list(tensors_in(call.result))):

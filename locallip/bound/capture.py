@@ -12,6 +12,10 @@ long; `torch.fx` dies of `len(x)` and `if x.shape[1] != 3`.
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +25,7 @@ from locallip.bound.precision import own_precision
 from locallip.bound.reading import Captured, Reading, Stop
 from locallip.bound.reading_calls import Calls
 from locallip.bound.reading_modules import Modules
+from locallip.bound.seen import first_line
 
 # Images of the run: another number than there are channels, classes or dimensions, so that they are told apart.
 _IMAGES = 3
@@ -37,10 +42,16 @@ def capture(model: nn.Module, x: Tensor) -> Captured:
     """
     before = Origins()
     _read(model, x, before)
-    chance = torch.get_rng_state()
+    chance = _chance()
     captured = _read(model, x, Origins(before))
-    captured.draws = not torch.equal(chance, torch.get_rng_state())
+    captured.draws |= chance != _chance()
     return captured
+
+
+def _chance() -> tuple[Any, ...]:
+    """What all that draw numbers by themselves draw from."""
+    _, keys, *places = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), keys.tobytes(), places
 
 
 def _read(model: nn.Module, x: Tensor, origins: Origins) -> Captured:
@@ -57,10 +68,8 @@ def _read(model: nn.Module, x: Tensor, origins: Origins) -> Captured:
             if reading.obstacles:
                 raise Refusal(reading.obstacles) from error
             sizes = ", ".join(map(str, x.shape[1:]))
-            said = str(error).strip().splitlines() or [type(error).__name__]
+            said = first_line(error)
             buffers = "; weights and constants in parameters and buffers follow the network's precision"
-            hint = buffers if "dtype" in said[0] else ""
-            raise ValueError(
-                f"the network does not run on images (N, {sizes}) of {x.dtype}: {said[0]}{hint}"
-            ) from error
+            hint = buffers if "dtype" in said else ""
+            raise ValueError(f"the network does not run on images (N, {sizes}) of {x.dtype}: {said}{hint}") from error
     return reading.finish(output)

@@ -68,10 +68,14 @@ def refuse_images(x: Any, model: Any = None, converted: bool = False) -> None:
         raise TypeError("need images as a dense tensor (N, ...), got a sparse or nested one: call x.to_dense()")
     if not x.is_floating_point():
         raise TypeError(f"need images in floating point, got {x.dtype}: hand in x.float() in the network's own range")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"need images with entries, got the shape {tuple(x.shape)}")
     if x.dim() < 2:
         raise ValueError(f"need images (N, ...), got the shape {tuple(x.shape)}: one image is x[None]")
     weight = first_weight(model) if isinstance(model, nn.Module) else None
     if weight is None:
+        if x.is_meta:
+            raise ValueError("the images are on the device meta, where they have no values: hand in real ones")
         return
     if weight.device != x.device:
         raise ValueError(f"the images are on {x.device}, the network on {weight.device}: hand in x.to({weight.device})")
@@ -158,7 +162,7 @@ def refuse_clip(clip: Any, x: Tensor) -> None:
     if not isinstance(clip, tuple | list) or len(clip) != 2:
         raise TypeError(f"clip must be the smallest and the largest value of a valid image, such as (0, 1), got {clip}")
     low, high = (_number("an end of clip", end) for end in clip)
-    if not low < high:
+    if not -math.inf < low < high < math.inf:
         raise ValueError(f"clip must be the smallest and the largest value of a valid image, got {clip}")
     if ((x < low) | (x > high)).any():
         raise ValueError(f"an image has values outside of {clip}")

@@ -26,6 +26,7 @@ from locallip.bound.norms import Arithmetic
 from locallip.bound.operators import Dense, LinearOperator, Position
 from locallip.bound.precision import own_precision
 from locallip.bound.refusals import refuse_what_computes_otherwise
+from locallip.bound.replaced import trains
 from locallip.bound.rules import (
     BatchNormed,
     Meaning,
@@ -35,11 +36,11 @@ from locallip.bound.rules import (
     has_rule,
     meaning_of,
     no_rule,
+    refuse_other_shapes,
 )
+from locallip.bound.seen import first_line
 from locallip.bound.tensors import same
 
-# PyTorch's own modules that training mode changes.
-_IN_TRAINING_OTHERWISE = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 # How many images a graph and its network are compared on.
 _COMPARED = 8
 # The same of random ones: another number, so that what moves images about is seen, and no two entries are equal.
@@ -110,7 +111,7 @@ class Graph:
         nodes = with_sums(nodes, lambda node: is_affine(node, x))
         if not (nodes and type(nodes[-1].layer) is nn.Linear):
             before = nodes[-1].position if nodes else IMAGES
-            nodes.append(Node("logits", _identity(run.shape[0], x), (before,), run.shape))
+            nodes.append(Node(_free("logits", nodes), _identity(run.shape[0], x), (before,), run.shape))
         kept = tuple((tensor, tensor.detach().clone()) for tensor in run.roots)
         graph = cls(tuple(nodes[:-1]), nodes[-1], x.shape[1:], kept)
         graph.refuse_if_unlike(model, x)
@@ -139,7 +140,9 @@ class Graph:
                 behind[node.position] = shape
             result.append((node.position, meaning))
         _refuse_other_shapes(self.last, behind)
-        refuse_width(self.last.layer, self.last.position, self.last.shape or shape)
+        shape = self.last.shape or shape
+        refuse_other_shapes(Place(self.last.position, shape, x, arithmetic), self.last.layer, 1)
+        refuse_width(self.last.layer, self.last.position, shape)
         return result
 
     def _refuse_others(self, x: Tensor) -> None:
@@ -183,24 +186,33 @@ class Graph:
         own, reach = (last.absolute(terms) + last.bias_magnitude() for terms in (before.abs(), size))
         return last.affine(before), own + reach.clamp(max=1)
 
-    @torch.no_grad()
     def refuse_if_unlike(self, model: nn.Module, x: Tensor) -> None:
-        """Compare with the network itself on the first images of x (N, ...), and on some random ones.
+        """Compare with the network itself on the first images of x (N, ...), and with gradients on some random ones.
 
         Raises:
-            TypeError: where their logits differ by more than rounding does.
+            TypeError: where their logits differ by more than rounding does, or the network fails.
         """
         shape, generator = (_RANDOM, *x.shape[1:]), torch.Generator().manual_seed(1)
         others = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
-        for images in (x[:_COMPARED], others):
-            self._refuse_if_unlike(model, images)
+        # What was made in inference mode has no gradients at all.
+        gradients = not any(weight.is_inference() for weight in model.parameters())
+        with torch.inference_mode(False):
+            if len(x):
+                self._refuse_if_unlike(model, x[:_COMPARED], gradients=False)
+            self._refuse_if_unlike(model, others, gradients)
 
-    def _refuse_if_unlike(self, model: nn.Module, x: Tensor) -> None:
+    def _refuse_if_unlike(self, model: nn.Module, x: Tensor, gradients: bool) -> None:
         own = first_weight(model)
         own = x if own is None else own
         with own_precision(x.device):
             ours, size = self.logits(x)
-            theirs = model(x.to(own.dtype, copy=True))
+            try:
+                with torch.set_grad_enabled(gradients):
+                    theirs = model(x.to(own.dtype, copy=True)).detach()
+            except Exception as error:
+                raise TypeError(
+                    f"the network was read, and does not run on {len(x)} images: {first_line(error)}"
+                ) from error
         if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
             raise TypeError("the network gives something else than its layers do one after the other")
         unlike = (ours - theirs.to(ours.dtype)).abs() > torch.finfo(own.dtype).eps ** 0.5 * size
@@ -284,6 +296,12 @@ def _folded(nodes: list[Node]) -> list[Node]:
     return list(result.values())
 
 
+def _free(name: str, nodes: list[Node]) -> str:
+    """The name, or one with a number behind it where a node has it."""
+    taken = {node.position for node in nodes}
+    return next(free for free in (name, *(f"{name}#{n}" for n in range(2, len(nodes) + 3))) if free not in taken)
+
+
 def _identity(size: int, x: Tensor) -> nn.Linear:
     layer = nn.Linear(size, size, bias=False, device="meta").eval()
     layer.weight = nn.Parameter(torch.eye(size, dtype=x.dtype, device=x.device), requires_grad=False)
@@ -293,9 +311,7 @@ def _identity(size: int, x: Tensor) -> nn.Linear:
 def _refuse_training_mode(model: nn.Module) -> None:
     """Refuse, before it runs, what computes otherwise in training mode or learns there: a user's module may."""
     for path, module in model.named_modules():
-        own = type(module).__module__.startswith("torch.nn.")
-        may_differ = not own or (has_rule(module) and isinstance(module, _IN_TRAINING_OTHERWISE))
-        if module.training and may_differ:
+        if trains(module):
             where = describe(path, module) if path else "the network"
             raise ValueError(f"{where} is in training mode; call model.eval() first")
 

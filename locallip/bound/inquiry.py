@@ -92,14 +92,16 @@ def in_float64(model: nn.Module, x: Tensor) -> Graph:
     Raises:
         TypeError: as `Graph.of`, and where the network gives other logits than its graph.
     """
-    graph = Graph.of(_copied(model).double(), x.double())
+    with torch.inference_mode(False):
+        graph = Graph.of(_copied(model).double(), x.double())
     graph.refuse_if_unlike(model, x.double())
     return graph
 
 
 def _copied(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        with torch.inference_mode(False):
+            return copy.deepcopy(model)
     except RuntimeError as error:
         if "deepcopy protocol" not in str(error):
             raise

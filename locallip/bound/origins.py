@@ -47,10 +47,10 @@ class Operations(TorchDispatchMode):
     """Shows what computes with which tensors, whoever calls it.
 
     Args:
-        look: is shown the tensors of every operation.
+        look: is shown every operation and its operands.
     """
 
-    def __init__(self, look: Callable[[tuple[Any, ...]], None]):
+    def __init__(self, look: Callable[[Callable[..., Any], tuple[Any, ...]], None]):
         super().__init__()
         self._look = look
 
@@ -58,5 +58,5 @@ class Operations(TorchDispatchMode):
         self, function: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self._look((args, kwargs))
+        self._look(function, (args, kwargs))
         return function(*args, **kwargs)

@@ -116,6 +116,12 @@ class Reading:
             what = f"activations that something has changed in place are used again{self.where()}"
             self.stop(Obstacle(what, "write the change without the underscore, or take inplace=True away"))
 
+    def trace(self, tensor: Tensor, position: Position | None) -> None:
+        """Note what a node has made; stop where changes of it could not be seen."""
+        if tensor.is_inference():
+            self.stop(Obstacle(f"the network computes in inference mode{self.where()}", "leave the mode to callers"))
+        self.traces.trace(tensor, position)
+
     def add(self, name: Position, layer: Any, inputs: tuple[Position | None, ...], shape: torch.Size) -> Position:
         """Add a node: its position, the name or one with a number behind it where a layer is used again.
 

@@ -16,7 +16,7 @@ from locallip.bound.nodes import Obstacle
 from locallip.bound.operators import Position
 from locallip.bound.origins import UNSEEN, Operations
 from locallip.bound.reading import BY_VALUE, Reading
-from locallip.bound.seen import TELLS_NO_VALUE, name_of, tensors_in
+from locallip.bound.seen import TELLS_NO_VALUE, name_of, tensors_in, version
 
 # Position and shape of tensors by their identity, as they were before a call.
 _Known = dict[int, tuple[Position | None, torch.Size]]
@@ -55,7 +55,7 @@ class Calls(TorchFunctionMode):
         reading = self._reading
         self._refuse_training(function, args, kwargs)
         known = {id(t): (reading.position(t), t.shape[1:]) for t in tensors if reading.traces.depends(t)}
-        constants = [(tensor, tensor._version) for tensor in tensors if id(tensor) not in known]
+        constants = [(tensor, version(tensor)) for tensor in tensors if id(tensor) not in known]
         self._refuse_subclasses(tensors, function)
         try:
             result = self._call(function, args, kwargs)
@@ -77,7 +77,7 @@ class Calls(TorchFunctionMode):
         made_from = [constant for step in steps for constant in step.made_from]
         reading.captured.keep(*reading.traces.roots(tensors), *made_from)
         for tensor, step in zip(tensors_in(result), steps, strict=True):
-            reading.traces.trace(tensor, self._apply(step, function, known)[0])
+            reading.trace(tensor, self._apply(step, function, known)[0])
         return result
 
     def _call(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -88,9 +88,11 @@ class Calls(TorchFunctionMode):
         finally:
             self._in_call = not outermost
 
-    def _look(self, operands: tuple[Any, ...]) -> None:
-        """Stop where something computes with the images without having been seen."""
+    def _look(self, function: Callable[..., Any], operands: tuple[Any, ...]) -> None:
+        """Note chance, and stop where something computes with the images without having been seen."""
         reading = self._reading
+        if _draws(function, operands) and not reading.is_elsewhere():
+            reading.captured.draws = True
         seen = self._in_call or reading.leaf is not None or reading.is_elsewhere()
         if not seen and any(map(reading.traces.depends, tensors_in(operands))):
             reading.stop(Obstacle(f"{UNSEEN} computes with the images{reading.where()}", reading.way_out()))
@@ -129,9 +131,9 @@ class Calls(TorchFunctionMode):
                 what = f"{name_of(function)}{self._reading.where()} takes {kind}"
                 self._reading.stop(Obstacle(what, "take plain tensors"))
 
-    def _refuse_changes(self, constants: list[tuple[Tensor, int]]) -> None:
+    def _refuse_changes(self, constants: list[tuple[Tensor, int | None]]) -> None:
         """constants: what a call has taken besides activations, with its version before the call."""
-        if any(tensor._version != version for tensor, version in constants):
+        if any(version(tensor) != before for tensor, before in constants):
             raise NoTranslationError("writes activations into another tensor")
         if not self._reading.constants.use_tensors(tensor for tensor, _ in constants):
             raise NoTranslationError("takes weights or constants that the network changes while it runs")
@@ -142,6 +144,11 @@ class Calls(TorchFunctionMode):
             what = f"something writes into a part of activations{where}"
             return Obstacle(what, "put the parts together with torch.cat or torch.where, as new tensors")
         return Obstacle(f"{name_of(function)}{where} takes a value out of the network", BY_VALUE)
+
+
+def _draws(function: Callable[..., Any], operands: tuple[Any, ...]) -> bool:
+    """Whether an operation draws random numbers; what steps are made of has no values, and starts with such."""
+    return torch.Tag.nondeterministic_seeded in function.tags and not any(t.is_meta for t in tensors_in(operands))
 
 
 def _shape_behind(layer: nn.Module, shapes: list[torch.Size]) -> torch.Size:

@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from locallip.bound.nodes import Obstacle
 from locallip.bound.operators import Position
 from locallip.bound.reading import Reading, Stop, position_of
+from locallip.bound.replaced import replacements, trains
 from locallip.bound.rules import has_rule, no_rule
 from locallip.bound.seen import tensors_in, users_line
 
@@ -39,12 +40,23 @@ class Modules:
         if reading.is_elsewhere() or reading.leaf is not None:
             return
         reading.inside.append(module)
+        self._refuse_replaced(module)
         if _is_leaf(module):
             reading.refuse_unknown(tensors_in(args), type(module).__name__)
             # All of it now, since the layer may work in place, or fail.
             self._before = {id(t): reading.position(t) for t in tensors_in(args) if reading.traces.depends(t)}
             reading.leaf = module
             self._enter_leaf(module)
+
+    def _refuse_replaced(self, module: nn.Module) -> None:
+        """Stop before a module runs, perhaps one that is not listed, that does not compute what its class says."""
+        where = self._named(module)
+        obstacles = [*replacements(where, module)]
+        if trains(module):
+            obstacles.append(Obstacle(f"{where} is in training mode", "keep layers in nn.ModuleList, for model.eval()"))
+        if obstacles:
+            self._reading.obstacles.extend(obstacles)
+            raise Stop
 
     def _enter_leaf(self, module: nn.Module) -> None:
         reading = self._reading
@@ -88,7 +100,7 @@ class Modules:
             reading.go_on(tensors)
         else:
             name, inputs = position_of(reading.path(module)), tuple(self._before.values())
-            reading.traces.trace(output, reading.add(name, module, inputs, args[0].shape[1:]))
+            reading.trace(output, reading.add(name, module, inputs, args[0].shape[1:]))
 
     def _named(self, module: nn.Module) -> str:
         return f"{self._reading.description(module)}{users_line(' ({})')}"

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from torch.nn.modules import module as hooks_of_all
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrize
 
 from locallip.bound.checks import refuse_model
 from locallip.bound.nodes import Obstacle, Refusal
 from locallip.bound.reading_modules import reads
-from locallip.bound.rules import class_is_patched, describe
+from locallip.bound.replaced import replacements
+from locallip.bound.rules import describe
 
 _WRAPPERS = {
     "OptimizedModule": ("is compiled", "hand over its `._orig_mod`"),
@@ -20,7 +21,6 @@ _WRAPPERS = {
     "DistributedDataParallel": ("is spread over processes", "hand over its `.module`"),
     "FullyShardedDataParallel": ("is spread over processes", "hand over the module before it is wrapped"),
 }
-_REMOVED_BY = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
 
 
 def refuse_what_computes_otherwise(model: nn.Module) -> None:
@@ -59,26 +59,6 @@ def _of(path: str, module: nn.Module) -> Iterator[Obstacle]:
             way_out = f"call torch.nn.utils.parametrize.remove_parametrizations({at}, '{name}') first"
             yield Obstacle(f"{where} has a parametrization of {name}", way_out)
     else:
-        yield from _of_calls(where, module)
+        yield from replacements(where, module)
         for name, child in module.named_children():
             yield from _of(f"{path}.{name}" if path else name, child)
-
-
-def _of_calls(where: str, module: nn.Module) -> Iterator[Obstacle]:
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, prune.BasePruningMethod):
-            name = hook._tensor_name
-            yield Obstacle(f"{where} is pruned at {name}", f"call torch.nn.utils.prune.remove(layer, '{name}') first")
-        elif type(hook).__name__ in _REMOVED_BY:
-            way_out = f"call torch.nn.utils.{_REMOVED_BY[type(hook).__name__]}(layer) first"
-            yield Obstacle(f"{where} computes its weight anew in every call", way_out)
-        else:
-            yield Obstacle(f"{where} has a forward pre-hook, which can change what it computes", "remove the hook")
-    if module._forward_hooks:
-        yield Obstacle(f"{where} has forward hooks, which can change what it computes", "remove the hooks")
-    if "forward" in vars(module):
-        yield Obstacle(f"{where} has a forward of its own in place of its class's", "write it into a class")
-    if module._compiled_call_impl is not None:
-        yield Obstacle(f"{where} is compiled in place", "ask before `.compile()`")
-    if class_is_patched(type(module)):
-        yield Obstacle(f"{where}: the class's forward has been replaced", "give a class of your own a rule (@rule)")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from locallip.bound.joins import Join
 from locallip.bound.nodes import Obstacle, Refusal
 from locallip.bound.norms import Arithmetic
 from locallip.bound.operators import LinearOperator, Position
+from locallip.bound.seen import first_line
 from locallip.bound.settings import per_axis
 
 
@@ -57,7 +58,15 @@ class Place:
 Rule = Callable[[nn.Module, Place], Meaning]
 _RULES: dict[type[nn.Module], Rule] = {}
 # What each class computed when its rule was written: who replaces that has another function than the rule's.
-_FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {nn.Sequential: nn.Sequential.forward}
+# What the call of a module goes through.
+METHODS = ("__call__", "_wrapped_call_impl", "_call_impl", "forward", "_conv_forward", "_output_padding")
+
+
+def _methods(kind: type[nn.Module]) -> list[Any]:
+    return [getattr(kind, name, None) for name in METHODS]
+
+
+_METHODS: dict[type[nn.Module], list[Any]] = {nn.Sequential: _methods(nn.Sequential)}
 
 
 def rule(*layer_types: type[nn.Module]) -> Callable[[Rule], Rule]:
@@ -65,7 +74,7 @@ def rule(*layer_types: type[nn.Module]) -> Callable[[Rule], Rule]:
 
     def register(function: Rule) -> Rule:
         _RULES.update(dict.fromkeys(layer_types, function))
-        _FORWARDS.update({layer_type: layer_type.forward for layer_type in layer_types})
+        _METHODS.update({layer_type: _methods(layer_type) for layer_type in layer_types})
         return function
 
     return register
@@ -99,7 +108,7 @@ def has_rule(layer: nn.Module) -> bool:
 
 def class_is_patched(kind: type[nn.Module]) -> bool:
     """Whether a class computes otherwise than when its rule was written."""
-    return kind in _FORWARDS and kind.forward is not _FORWARDS[kind]
+    return kind in _METHODS and not all(now is before for now, before in zip(_methods(kind), _METHODS[kind]))
 
 
 def no_rule(layer: nn.Module, position: Position, line: str = "") -> Obstacle:
@@ -180,8 +189,7 @@ def refusing_what_fails(layer: nn.Module, place: Place) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, IndexError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        refuse(place, layer, f"{said} (it takes {tuple(place.shape)})")
+        refuse(place, layer, f"{first_line(error)} (it takes {tuple(place.shape)})")
 
 
 def shape_of(layer: nn.Module, place: Place) -> torch.Size:

@@ -18,7 +18,7 @@ _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 TELLS_NO_VALUE = {
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.stride),
     *(Tensor.is_contiguous, Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device, Tensor.element_size),
-    *(torch.numel, torch.is_floating_point, torch.is_complex, Tensor.__repr__, Tensor.__hash__),
+    *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_inference, Tensor.is_inference, Tensor.__hash__),
 }
 TELLS_NO_VALUE |= {
     getattr(Tensor, name).__get__
@@ -27,6 +27,16 @@ TELLS_NO_VALUE |= {
         *("is_sparse", "is_quantized", "is_nested", "is_meta", "is_mkldnn", "_version", "itemsize", "nbytes"),
     )
 }
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def version(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place; None: made in inference mode, outside of which it cannot be changed."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from locallip.bound.operators import Position
-from locallip.bound.seen import tensors_in
+from locallip.bound.seen import tensors_in, version
 
 
 class ChangedInPlaceError(Exception):
@@ -22,7 +22,7 @@ class _Traced:
 
     tensor: Tensor
     position: Position | None
-    version: int
+    version: int | None
 
 
 class Traces:
@@ -34,7 +34,7 @@ class Traces:
 
     def trace(self, tensor: Tensor, position: Position | None) -> None:
         """Note that a tensor comes from the images, as the output of a node."""
-        self._traced[id(tensor)] = _Traced(tensor, position, tensor._version)
+        self._traced[id(tensor)] = _Traced(tensor, position, version(tensor))
 
     def depends(self, value: Any) -> bool:
         """Whether a value is a tensor that comes from the images."""
@@ -47,7 +47,7 @@ class Traces:
             ChangedInPlaceError: where it is no longer what that has given.
         """
         known = self._traced[id(tensor)]
-        if known.version != tensor._version:
+        if known.version != version(tensor):
             raise ChangedInPlaceError
         return known.position
 

@@ -66,7 +66,9 @@ def descend(
             best = torch.where(per_image(lower, x), step.detach(), best)
             lowest = torch.where(lower, margin.detach(), lowest)
             if number < steps:
-                (gradient,) = torch.autograd.grad(margin.sum(), step)
+                gradient = _gradient(margin, step)
+                if gradient is None:
+                    break
                 length = 2 * epsilon * (1 - number / steps) ** 1.5
                 step = inside(x, step.detach() - _unit(gradient) * per_image(length, x), epsilon, clip)
         return best
@@ -106,6 +108,13 @@ def attack_slopes(hidden: nn.Sequential, x: Tensor, epsilon: float, steps: int, 
         steepest = torch.maximum(steepest, slope.detach().nan_to_num())
         step = inside(x, step.detach() + _unit(gradient) * (epsilon / 5), radius, clip)
     return steepest
+
+
+def _gradient(margin: Tensor, step: Tensor) -> Tensor | None:
+    """None: the network hides it (no_grad, detach)."""
+    if not margin.requires_grad:
+        return None
+    return torch.autograd.grad(margin.sum(), step, allow_unused=True)[0]
 
 
 def _unit(direction: Tensor) -> Tensor:

@@ -232,6 +232,26 @@ def test_an_odd_ending_is_bounded_by_the_logits_themselves():
         assert ((moved - bound.center).norm(dim=1) <= bound.radius * (1 + 1e-6)).all()
 
 
+def test_a_module_called_logits_that_is_not_the_last_keeps_its_norm():
+    class Tripled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.logits = nn.Linear(6, 8), nn.Linear(8, CLASSES)
+
+        def forward(self, x):
+            return self.logits(self.first(x).relu()) * 3
+
+    bounds = local_lipschitz(Tripled().double().eval(), images(6), 0.1)
+    assert {"first", "logits"} < set(bounds.local_norms)
+    torch.testing.assert_close(torch.stack([*bounds.local_norms.values()]).prod(dim=0), bounds.lipschitz)
+
+
+def test_a_network_for_one_number_of_images_is_refused():
+    model = Called(lambda x, last: last(x.reshape(3, -1)), nn.Linear(6, CLASSES))
+    with pytest.raises(TypeError, match="does not run on 4 images"):
+        walk(model, images(6), 0.1)
+
+
 def test_what_does_not_reach_the_logits_does_not_count():
     model = Called(lambda x, a, last: (torch.fft.fft(x) if False else a(x), last(x))[1], *[nn.Linear(6, 6)] * 2)
     assert [node.position for node in Graph.of(model, images(6)).hidden] == []
@@ -315,6 +335,8 @@ BY_VALUE = {
     "tolist": lambda x: x * x.tolist()[0][0],
     "float": lambda x: x / float(x.norm()),
     "equal": lambda x: x if torch.equal(x, x + 1) else -x,
+    "its text": lambda x: x if "-" in str(x) else -x,
+    "its text in a text": lambda x: x if "-" in f"{x}" else -x,
     "a length of what is picked": lambda x: x * len(x[x > 0].tolist()),
 }
 

@@ -173,6 +173,7 @@ X = {
     "a number": (lambda x: x[0, 0], ValueError, r"\(N, ...\), got the shape \(\): one image is x\[None\]"),
     "one image": (lambda x: x[0], ValueError, r"got the shape \(12,\): one image is x\[None\]"),
     "another device": (lambda x: x.to("meta"), ValueError, "images are on meta, the network on cpu"),
+    "no entries": (lambda x: x[:, :0], ValueError, r"images with entries, got the shape \(4, 0\)"),
 }
 
 
@@ -362,6 +363,26 @@ def test_no_images_have_no_answers_and_the_network_has_its_constant_still(model,
     assert none.lipschitz.shape == (0,)
     assert all(norm.shape == (0,) for norm in none.local_norms.values())
     torch.testing.assert_close(none.global_lipschitz, some.global_lipschitz, rtol=1e-6, atol=0)
+
+
+def test_no_images_have_no_answers_where_the_network_has_to_run():
+    class Viewing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = dense()
+
+        def forward(self, x):
+            return self.layers(x.view(len(x), -1))
+
+    model, x, y = Viewing().eval(), images(3, 4)[:0], torch.zeros(0, dtype=torch.long)
+    assert certify(model, x, y, 0.1).shape == certified_radius(model, x).shape == (0,)
+    assert local_lipschitz(model, x, 0.1).lipschitz.shape == (0,)
+    assert verify(model, x, y, 0.1).status == ()
+
+
+def test_images_on_a_device_without_values_are_refused_where_there_are_no_weights():
+    with pytest.raises(ValueError, match="on the device meta"):
+        certify(nn.Flatten(), torch.rand(2, 4, device="meta"), torch.tensor([0, 1]), 0.1)
 
 
 def test_the_walk_and_the_proof_take_no_images():

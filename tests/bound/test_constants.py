@@ -312,12 +312,37 @@ def test_logits_that_cancel_each_other_are_compared_by_what_they_are_made_of():
 # --- where it is asked
 
 
-def test_it_may_be_asked_in_inference_mode():
-    net = Around(lambda net, h: h.relu()).eval()
-    y = net(X).argmax(dim=1)
+class Scaled(Around):
+    """With a constant, whose changes are watched."""
+
+    def __init__(self, between):
+        super().__init__(between)
+        self.scale = nn.Parameter(torch.full((4,), 2.0))
+
+    def forward(self, x):
+        return super().forward(x * self.scale)
+
+
+@pytest.mark.parametrize("made_there", [False, True])
+@pytest.mark.parametrize("kind", [Around, Scaled])
+def test_it_may_be_asked_in_inference_mode(kind, made_there):
+    with torch.inference_mode(made_there):
+        net = kind(lambda net, h: h.relu()).eval()
     with torch.inference_mode():
+        y = net(X).argmax(dim=1)
         assert certify(net, X, y, 1e-4).all()
         assert verify(net, X, y, 1e-4).certified.all()
+    assert certify(net, X, y, 1e-4).all()
+    assert (certified_radius(net, X.clone()) > 1e-4).all()
+
+
+def test_inference_mode_inside_of_a_network_is_refused_with_the_way_out():
+    def between(net, h):
+        with torch.inference_mode():
+            return h.relu()
+
+    with pytest.raises(TypeError, match=r"computes in inference mode.*leave the mode to callers"):
+        certify(Around(between).eval(), X, Y, 0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,7 +1,9 @@
 """The function that is certified is the function that the user calls, or there is no certificate."""
 
 import functools
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -128,9 +130,58 @@ def test_a_replaced_forward_is_refused(ask, model):
     refused(ask, model, r"ReLU at position (1|act).*forward")
 
 
+@pytest.mark.parametrize("method", ["_call_impl", "_wrapped_call_impl", "_conv_forward"])
+def test_a_replaced_method_that_a_call_goes_through_is_refused(ask, model, method):
+    setattr(parts(model)[1], method, lambda *inputs: -inputs[0])
+    refused(ask, model, rf"ReLU at position (1|act) has a {method} of its own")
+
+
 def test_a_patched_class_is_refused(ask, model, monkeypatch):
     monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: 2 * F.relu(x))
     refused(ask, model, r"ReLU at position (1|act).*replaced")
+
+
+@pytest.mark.parametrize("method", ["_conv_forward", "_call_impl"])
+def test_a_class_whose_call_is_patched_is_refused(method, monkeypatch):
+    monkeypatch.setattr(nn.Conv2d, method, lambda self, x, *weights: -x)
+    model = settled(nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(6, CLASSES))
+    with pytest.raises(TypeError, match="Conv2d at position 0: the class's forward has been replaced"):
+        certify(model, images(1, 2, 3), torch.zeros(IMAGES, dtype=torch.long), 0.1)
+
+
+class Unlisted(nn.Module):
+    """A network that keeps a layer where PyTorch does not find it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layers, self.last = [layer.double()], nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        return self.last(self.layers[0](x))
+
+
+REPLACED = {
+    "forward": (lambda layer: setattr(layer, "forward", lambda x: x.abs()), "forward of its own"),
+    "forward hook": (lambda layer: layer.register_forward_hook(twice), "forward hooks"),
+    "pre-hook": (lambda layer: layer.register_forward_pre_hook(lambda layer, x: (x[0].abs(),)), "forward pre-hook"),
+}
+
+
+@pytest.mark.parametrize("kind", REPLACED)
+def test_what_is_replaced_of_a_layer_that_is_not_listed_is_refused_too(ask, kind):
+    model = Unlisted(nn.Linear(6, 6)).double().eval()
+    replace, words = REPLACED[kind]
+    replace(model.layers[0])
+    refused(ask, model, words)
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(6), nn.Dropout()], ids=lambda layer: type(layer).__name__)
+def test_a_layer_that_is_not_listed_and_trains_is_refused_and_learns_nothing(ask, layer):
+    layer.train()
+    model = Unlisted(layer).double().eval()
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    refused(ask, model, r"in training mode.*nn\.ModuleList")
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
 def test_a_patched_function_gives_other_logits_and_is_refused(monkeypatch, model):
@@ -142,10 +193,23 @@ def test_a_patched_function_gives_other_logits_and_is_refused(monkeypatch, model
         certify(model, images(6), torch.zeros(IMAGES, dtype=torch.long), 0.1)
 
 
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def _apart():
+    with torch.random.fork_rng():
+        return 1e-30 * torch.randn(1).double()
+
+
 DRIFTING = {
     "chance": lambda net, x: x * (1 + torch.rand(1).double()),
     "earlier calls": lambda net, x: x * (net.__dict__.setdefault("calls", []).append(1) or len(net.calls)),
     "a value of the images that leaves": lambda net, x: x * nn.Parameter(x).detach().mean(),
+    "chance whose state is put back": lambda net, x: x + _apart(),
+    "a generator of its own": lambda net, x: x - 5.0 * (torch.rand(1, generator=GENERATOR).double() < 1e-9),
+    "chance of Python": lambda net, x: x - 5.0 * (random.random() < 1e-9),
+    "chance of NumPy": lambda net, x: x - 5.0 * float(np.random.rand() < 1e-9),
+    "whether there are gradients": lambda net, x: -x if torch.is_grad_enabled() else x,
 }
 
 

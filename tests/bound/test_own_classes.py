@@ -33,7 +33,7 @@ GAIN = 10.0
 def scratch_rules(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
-    monkeypatch.setattr(rules, "_FORWARDS", dict(rules._FORWARDS))
+    monkeypatch.setattr(rules, "_METHODS", dict(rules._METHODS))
 
 
 class Gained(nn.Module):

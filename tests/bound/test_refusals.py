@@ -64,6 +64,12 @@ def ask(request):
     return PUBLIC[request.param]
 
 
+@pytest.mark.parametrize("layers", [[nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Linear(4, 3)], [nn.Linear(6, 3)]], ids=len)
+def test_a_last_linear_layer_on_maps_is_refused(ask, layers):
+    with pytest.raises(TypeError, match=r"Linear at position \d: needs a Flatten before it"):
+        ask(nn.Sequential(*layers).double(), images(1, 6))
+
+
 @pytest.mark.parametrize(
     "layer",
     [nn.BatchNorm1d(12), nn.Dropout(), nn.Dropout1d(), nn.Sequential(nn.ReLU(), nn.BatchNorm1d(12))],
