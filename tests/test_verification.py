@@ -409,7 +409,7 @@ def test_a_network_that_hides_its_gradients_is_attacked_without_them(hide):
                 return self.last(x.detach())
 
     model, x = Hiding().eval(), torch.rand(16, 6)
-    result = verify(model, x, model(x).argmax(dim=1), 20.0)
+    result = verify(model, x, model(x).argmax(dim=1), 20.0, attack=3)
     assert set(result.status) <= {"attacked", "open"}
     assert "attacked" in result.status
 
