@@ -20,7 +20,7 @@ from data_load import DATA_SETS, count_classes, load_data
 from locallip import distributed, flags
 from locallip.bound.proof import EFFORTS
 from locallip.bound.proven_norms import DEPLOYED
-from locallip.checkpoints import load_checkpoint, load_weights
+from locallip.checkpoints import find_checkpoint, load_checkpoint, load_weights
 from locallip.dependencies import l2_pgd_attack
 from locallip.evaluation import report
 from locallip.evaluation.certificates import Estimate, Proven
@@ -29,7 +29,7 @@ from locallip.evaluation.outcome import Outcome
 from locallip.evaluation.plan import Plan
 from locallip.evaluation.summary import as_text, summarize, versions
 from locallip.evaluation.unfinished import Unfinished, begin, images_sha256, source_sha256
-from locallip.files import InputError, exists, run_script
+from locallip.files import InputError, run_script
 from locallip.images import ImageSet, hold_out
 
 
@@ -148,14 +148,6 @@ def _refuse_trained_on(args: argparse.Namespace, trained: Mapping[str, Any], pat
         raise InputError(f"{path} was trained on some of these images; those that it held out are {own}")
 
 
-def find_checkpoint(saved_model: str) -> Path:
-    """The file of that name, or the best checkpoint of the run with that prefix."""
-    for path in (Path(saved_model), Path(saved_model + "_best.pth")):
-        if exists(path) and path.is_file():
-            return path
-    raise InputError(f"no checkpoint: neither {saved_model} nor {saved_model}_best.pth is a file")
-
-
 def main(defaults: Mapping[str, Any] | None = None) -> None:
     args = arguments(defaults)
     with distributed.process_group(args.device):
@@ -168,6 +160,7 @@ def main(defaults: Mapping[str, Any] | None = None) -> None:
 def _evaluate_checkpoint(args: argparse.Namespace) -> dict[str, Outcome]:
     """Evaluate, print and write reports; returns the outcome by the certificate's kind in the process that does so."""
     with distributed.all_or_none():
+        find_checkpoint(args.saved_model)  # before imports that take seconds
         l2_pgd_attack()  # what cannot be imported says so now, not behind the first batch
     model, images, path, checkpoint = load(args)
     both = args.certificate == "both"

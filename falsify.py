@@ -31,13 +31,13 @@ QUANTILES = (0, 0.1, 0.5, 0.9, 1)
 def main() -> None:
     args = arguments()
     distributed.refuse_several()
-    model, images, _, _ = evaluate.load(args)
     if args.epsilon == 0:
         raise InputError("there is nothing to attack at --epsilon 0")
     folder = Path(args.out) if args.out else None
     if folder:
         check_writable(folder)
         refuse_existing(folder / "attacks.csv", args.overwrite)
+    model, images, _, _ = evaluate.load(args)
     torch.manual_seed(args.seed)
     exact = copy.deepcopy(model).double()
     norms = proven_norms(exact, images[:1].images / 255.0, len(images), args.failure_probability, radii=2)

@@ -31,7 +31,7 @@ list_jobs() {
     cat <<END
 Usage: bash run_job.sh JOB [ARGUMENTS ...]
 
-  demo                  train a small robust net on the shipped digits, evaluate it, draw a picture (about 5 minutes)
+  demo                  train a small robust net on the shipped digits, evaluate it, draw pictures (5 to 7 minutes)
   reproduce JOB         a row of the table from end to end; --minutes N shortens it to what fits that time here
   test                  run the tests
   test-oldest           the same with the oldest supported packages, in an environment of their own
@@ -42,8 +42,8 @@ Usage: bash run_job.sh JOB [ARGUMENTS ...]
   table                 put the reports below results/JOB/ beside the paper's values, in the README too
   tinyimagenet-data     fetch Tiny ImageNet (237 MB), or unpack the archive that is named
 
-  The paper's training runs (checkpoints and logs go to runs/, see --output_dir) and their evaluations (of
-  pretrained/..., see --saved_model; reports go to results/JOB/; --certificate estimate is the paper's protocol,
+  Training runs, the paper's first (checkpoints and logs go to runs/, see --output_dir), and their evaluations
+  (of pretrained/..., see --saved_model; reports go to results/JOB/; --certificate estimate is the paper's protocol,
   both takes one attack for it and the proof):
 
 $(recipes)

@@ -141,10 +141,14 @@ class Run:
         return self._number("batch_size")
 
     @property
+    def start_from(self) -> str | None:
+        """The file with whose weights it begins; None: it begins afresh."""
+        return self._given("start_from")
+
+    @property
     def behind(self) -> str | None:
         """The job with whose weights it begins; None: it begins afresh."""
-        weights = self._given("start_from")
-        return next((run.job for run in RUNS if weights == f"pretrained/{run.prefix}_best.pth"), None)
+        return next((run.job for run in RUNS if self.start_from == f"pretrained/{run.prefix}_best.pth"), None)
 
     def _number(self, name: str) -> int:
         given = self._given(name)
@@ -299,13 +303,17 @@ RUNS = (
 
 
 def _report(arguments: list[str]) -> str:
-    """The folder of an evaluation's report; nothing where there are two certificates, which have one each."""
+    """The folder of an evaluation's report; where there are two certificates, that of theirs, which may be none.
+
+    Held-out images have folders of their own, so that they never replace what was found on the test set.
+    """
     given = {"--certificate": "proven", "--effort": "dual"}
     for flag, value in zip([*arguments, ""], [*arguments[1:], "", ""]):
         name, equals, rest = flag.partition("=")
         given[name] = rest if equals else value
     proven = "product" if given["--effort"] == "product" else "proven"
-    return {"estimate": "estimate", "both": ""}.get(given["--certificate"], proven)
+    report = {"estimate": "estimate", "both": ""}.get(given["--certificate"], proven)
+    return f"held-out/{report}" if "--held_out" in given else report
 
 
 def command(job: str, arguments: list[str]) -> list[str]:
@@ -316,7 +324,7 @@ def command(job: str, arguments: list[str]) -> list[str]:
     """
     run = next((run for run in RUNS if job in (run.job, f"evaluate-{run.job}")), None)
     if run is None:
-        raise ValueError(f"unknown job '{job}'; 'bash run_job.sh' lists them")
+        raise ValueError(f"'{job}' is no training or evaluation; 'bash run_job.sh' lists all jobs")
     if job == run.job:
         words = [run.recipe.train, *run.training(), *arguments]
     else:

@@ -181,7 +181,7 @@ def add_common_flags(parser: argparse.ArgumentParser, data_sets: Sequence[str]) 
     parser.add_argument("--data", choices=data_sets, default=data_sets[0], help="data set")
     below = "folder of the data sets; absent ones are downloaded there"
     parser.add_argument("--data_dir", type=path, default="data", help=below)
-    parser.add_argument("--model", choices=models, default="relux", help="network")
+    parser.add_argument("--model", choices=models, default="relux", help="network, see docs/training.md")
     parser.add_argument("--width", type=positive_float, default=1.0, help="fraction of the published channel numbers")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--seed", type=seed, default=2019, help="of every random number")
@@ -232,7 +232,7 @@ def _file_flags(group: argparse._ArgumentGroup) -> None:
     flag("--overwrite", action="store_true", help="start afresh even if the prefix has a run already")
     keep = "write every image's singular vectors too, whose size a start prints, so that a resumed run loses nothing"
     flag("--keep_vectors", action="store_true", help=keep)
-    start_from = "begin with the weights of this file; all else, such as the schedule, is a new run's"
+    start_from = "begin with the weights of this file, or of the run with this prefix; all else is a new run's"
     flag("--start_from", type=path, metavar="CHECKPOINT", help=start_from)
 
 
@@ -273,7 +273,7 @@ def _loss_flags(group: argparse._ArgumentGroup) -> None:
     flag("--loss_weight", type=positive_float, help=weight)
     flag("--opt_iter", type=positive_int, default=1, help="rounds of pinning for the worst-case logits")
     flag("--sparse", type=natural_float, default=0.0, help="weight of the sparsity loss")
-    flag("--sp_thres", type=natural_float, default=0.1, help="its weight for thresholds of clipped ReLU, beside 0")
+    flag("--sp_thres", type=natural_float, default=0.1, help="its weight for what may be clipped from above")
 
 
 def _norm_flags(group: argparse._ArgumentGroup) -> None:

@@ -45,6 +45,18 @@ def save_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
     write_atomically(path, lambda temporary: torch.save(dict(checkpoint), temporary))
 
 
+def find_checkpoint(name: str) -> Path:
+    """Return the file of that name, or the best checkpoint of the run with that prefix.
+
+    Raises:
+        InputError: if neither is there.
+    """
+    for path in (Path(name), Path(f"{name}_best.pth")):
+        if exists(path) and path.is_file():
+            return path
+    raise InputError(f"no checkpoint: neither {name} nor {name}_best.pth is a file")
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Load a checkpoint as a dict with at least `state_dict`, on the CPU.
 

@@ -162,4 +162,5 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"cannot write into {folder}: {first_line(error)}") from None
+        why = "it is a file, not a folder" if folder.is_file() else first_line(error)
+        raise InputError(f"cannot write into {folder}: {why}") from None

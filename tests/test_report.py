@@ -553,20 +553,22 @@ def test_a_run_with_other_flags_than_the_recipes_says_so(repository, finish, tra
 
 
 def test_a_run_that_began_from_other_weights_says_from_which(repository, finish):
-    finish(trained={"start_from": "pretrained/maxmin/first_best.pth"})
-    assert "| 800 epochs behind first, " in row(repository)
+    finish(trained={"start_from": "runs/maxmin/first_best.pth"})
+    assert "| 800 epochs from first_best.pth, " in row(repository)
+    finish("cifar10-best", trained={"start_from": "pretrained/maxmin/cifar_muon_best.pth"}, epochs=20)
+    assert "| 20 epochs after `cifar10-muon`, " in row(repository, "cifar10-best")
 
 
 def test_a_run_on_fewer_images_says_so(repository, finish):
     finish(images=500)
-    assert "first 500 images" in row(repository)
+    assert "evaluated on the first 500 images" in row(repository)
 
 
 def test_a_run_on_a_part_of_the_classes_says_so(repository, finish):
     finish("tinyimagenet-8c2f", images=1000, epochs=250, classes=20)
     assert "| 250 epochs, proven at ε = 0.141, 20 of 200 classes |" in row(repository, "tinyimagenet-8c2f")
     finish("tinyimagenet-8c2f", images=500, epochs=250, classes=20)
-    assert "20 of 200 classes, first 500 images" in row(repository, "tinyimagenet-8c2f")
+    assert "20 of 200 classes, evaluated on the first 500 images" in row(repository, "tinyimagenet-8c2f")
     finish("tinyimagenet-8c2f", epochs=250, classes=200)
     assert "classes" not in row(repository, "tinyimagenet-8c2f")
 

@@ -1,5 +1,7 @@
 """The records of the runs: the command line of every job, and what is read off the records elsewhere."""
 
+import hashlib
+import json
 import os
 import shlex
 import subprocess
@@ -18,6 +20,7 @@ from benchmarks import training_step
 from data_load import DATA_SETS
 
 # The published lines, word by word; the 4C3F nets start at 1.0 as the authors' runs did. And our own.
+PRETRAINED = ROOT / "pretrained" / "README.md"
 GOLDEN = ROOT / "tests" / "golden" / "command_lines.txt"
 LINES = dict(line.split(": ") for line in GOLDEN.read_text().splitlines())
 SCRIPTS = {"mnist": train_mnist, "cifar10": train_cifar10, "tinyimagenet": train_tinyimagenet}
@@ -56,6 +59,19 @@ def test_a_run_trains_a_network_that_its_data_set_has(run):
     assert run.model in utils.MODELS[run.data]
 
 
+COMMITTED = [run for run in runs.RUNS if (ROOT / "pretrained" / f"{run.prefix}_best.pth").exists()]
+
+
+@pytest.mark.parametrize("run", COMMITTED, ids=lambda run: run.job)
+def test_the_reports_of_a_run_are_about_the_checkpoint_that_is_here(run):
+    checkpoint = hashlib.sha256((ROOT / "pretrained" / f"{run.prefix}_best.pth").read_bytes()).hexdigest()
+    reports = [ROOT / "results" / run.job / name / "summary.json" for name in ("proven", "product", "estimate")]
+    of = {json.loads(path.read_text())["checkpoint"]["sha256"] for path in reports if path.exists()}
+    assert of == {checkpoint}
+    (row,) = (line for line in PRETRAINED.read_text().splitlines() if f"`{run.prefix}_best.pth`" in line)
+    assert f"`{checkpoint[:12]}…`" in row
+
+
 def test_no_two_runs_write_the_same_files():
     assert len({run.prefix for run in runs.RUNS}) == len({run.job for run in runs.RUNS}) == len(runs.RUNS)
 
@@ -77,6 +93,8 @@ def test_no_two_runs_write_the_same_files():
         (["--effort=product", "--effort", "dual"], "proven"),
         (["--effort", "product", "--certificate", "estimate"], "estimate"),
         (["--effort=product", "--certificate=both"], ""),
+        (["--held_out", "500"], "held-out/proven"),
+        (["--held_out=500", "--certificate", "both"], "held-out/"),
     ],
 )
 def test_every_certificate_has_a_report_of_its_own(arguments, folder):
@@ -145,7 +163,7 @@ def test_jobs_are_listed_and_unknown_ones_refused_by_a_python_without_packages(t
     assert all(f"  {run.job} " in listed.stdout and f" evaluate-{run.job} " in listed.stdout for run in runs.RUNS)
     unknown = run_job("bake")
     assert (unknown.returncode, unknown.stdout) == (2, "")
-    assert unknown.stderr == "error: unknown job 'bake'; 'bash run_job.sh' lists them\n"
+    assert unknown.stderr == "error: 'bake' is no training or evaluation; 'bash run_job.sh' lists all jobs\n"
 
 
 def test_the_rows_of_the_table_are_the_runs():

@@ -59,6 +59,9 @@ first), or without a network bring the file by other means and name it: bash tin
     fi
 fi
 [ -r "$archive" ] || fail "cannot read $archive"
-[ "$(checksum "$archive")" = "$md5" ] || fail "$archive is damaged (wrong md5); delete it and fetch it again"
+if [ "$(checksum "$archive")" != "$md5" ]; then
+    [ $# -eq 0 ] || fail "$archive is not $name.zip, or is damaged: its md5 is not $md5"
+    fail "$PWD/$archive is damaged (wrong md5); delete it and run this again"
+fi
 unpack "$archive"
 echo "unpacked to $PWD/$name"

@@ -27,7 +27,8 @@ class Row:
         batch_size: of the recipe, in each process.
         data: what the data set is called.
         classes: of the whole data set.
-        behind: the job with whose weights the training begins; None: it begins afresh.
+        start_from: the file with whose weights the training begins; None: it begins afresh.
+        behind: the job that made this file.
     """
 
     job: str
@@ -38,6 +39,7 @@ class Row:
     batch_size: int
     data: str
     classes: int
+    start_from: str | None = None
     behind: str | None = None
 
 
@@ -168,9 +170,7 @@ def _warnings(row: Row, summary: dict) -> list[str]:
     width, epochs = summary["arguments"]["width"], training.get("epochs")
     classes = summary.get("classes", row.classes)  # older reports are all of whole data sets
     of_all = "" if epochs in (None, row.epochs) else f" of {row.epochs}"
-    begun = Path(training.get("start_from") or "").stem.removesuffix("_best")
-    behind = f" behind {begun}" if begun else ""
-    warnings = [f"{epochs or 'unknown number of'}{of_all} epochs{behind}"]
+    warnings = [f"{epochs or 'unknown number of'}{of_all} epochs{_after(row, training.get('start_from'))}"]
     if summary["arguments"].get("held_out"):
         warnings.append("of held-out training images, not of the test set")
     if summary["epsilon"] != row.epsilon:
@@ -180,12 +180,19 @@ def _warnings(row: Row, summary: dict) -> list[str]:
     if classes != row.classes:
         warnings.append(f"{classes} of {row.classes} classes")
     if summary["images"] != _TEST_IMAGES * classes // row.classes:
-        warnings.append(f"first {summary['images']} images")
+        warnings.append(f"evaluated on the first {summary['images']:,} images")
     if certificate["clip"]:
         warnings.append("valid images only")
     if certificate.get("deployed", "exact") != "exact":
         warnings.append(f"for the {certificate['deployed']} network")
     return warnings
+
+
+def _after(row: Row, start_from: str | None) -> str:
+    """With which weights a training began, if it did not begin afresh."""
+    if start_from is None:
+        return ""
+    return f" after `{row.behind}`" if start_from == row.start_from else f" from {Path(start_from).name}"
 
 
 def _details(row: Row, summary: dict) -> list[str]:

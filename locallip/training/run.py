@@ -16,7 +16,7 @@ from tqdm import tqdm
 from locallip import distributed
 from locallip.bound.fused import compile_activations
 from locallip.bound.power_iteration import PowerIteration
-from locallip.checkpoints import load_checkpoint, load_weights
+from locallip.checkpoints import find_checkpoint, load_checkpoint, load_weights
 from locallip.files import InputError, ScriptError, check_writable, exists
 from locallip.images import Augmentation, ImageSet
 from locallip.training.averaging import AveragedModel
@@ -91,7 +91,7 @@ class _Run:
         self.shuffle = torch.Generator().manual_seed(args.seed + distributed.rank())
         self.norms = self._norms()
         if args.start_from and not args.resume:
-            load_weights(model, self._load(Path(args.start_from))["state_dict"], args.start_from)
+            load_weights(model, self._load(find_checkpoint(args.start_from))["state_dict"], args.start_from)
         products = torch.bfloat16 if args.bfloat16 else torch.float32
         self.optimizer = OPTIMIZERS[args.optimizer](model, args.lr, products)
         self.averaged = AveragedModel(model, args.ema) if args.ema else None
@@ -110,6 +110,8 @@ class _Run:
         with distributed.all_or_none():
             if distributed.is_main():
                 check_writable(self.files.best.parent)
+                if self.args.resume and not exists(self.files.checkpoint):
+                    raise InputError(f"there is nothing to resume: {self.files.checkpoint} is absent; drop --resume")
                 if not self.args.resume and not self.args.overwrite:
                     self.files.refuse_existing()
 

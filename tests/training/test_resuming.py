@@ -147,7 +147,7 @@ def test_a_refused_resume_names_the_run_to_begin_instead(runs):
 
 
 def test_resume_refuses_a_prefix_without_a_run(runs):
-    with pytest.raises(InputError, match="no checkpoint"):
+    with pytest.raises(InputError, match="there is nothing to resume"):
         runs.train("--resume")
 
 
@@ -199,8 +199,8 @@ def test_a_run_that_began_from_nothing_is_not_resumed_from_weights(runs, saved_n
     ("flags", "complaint"),
     [
         (["--width", 0.1], "of another architecture"),
-        (["--start_from", "nowhere.pth"], "no checkpoint at nowhere.pth"),
-        (["--resume"], "no checkpoint at "),
+        (["--start_from", "nowhere.pth"], "no checkpoint: neither nowhere.pth nor nowhere.pth_best.pth is a file"),
+        (["--resume"], "there is nothing to resume: .* drop --resume"),
     ],
 )
 def test_weights_that_cannot_be_started_from_are_refused_and_nothing_is_written(runs, saved_net, flags, complaint):
