@@ -155,7 +155,7 @@ def test_evaluation_refuses_an_output_folder_below_a_file(evaluation_refused, sa
 
 
 def test_resume_without_a_run_is_refused(refused, few_digits, tmp_path):
-    refused("no checkpoint", "train_mnist", "--output_dir", tmp_path, "--resume")
+    refused("there is nothing to resume", "train_mnist", "--output_dir", tmp_path, "--resume")
 
 
 def test_resume_from_a_damaged_checkpoint_is_refused(training_refused):

@@ -361,7 +361,7 @@ def test_an_archive_of_something_else_is_refused(fetch):
     [
         ([], {"url": "file:///no/such/archive.zip"}, "cannot download file:///no/such/archive.zip"),
         ([], {"md5": "0" * 32}, "damaged"),
-        (["archive.zip"], {"md5": "0" * 32}, "archive.zip is damaged"),
+        (["archive.zip"], {"md5": "0" * 32}, "archive.zip is not tiny-imagenet-200.zip, or is damaged"),
         (["absent.zip"], {}, "cannot read"),
         (["no/folder/absent.zip"], {}, "no/folder/absent.zip"),
         (["~nobody-of-that-name/absent.zip"], {}, "cannot read"),
