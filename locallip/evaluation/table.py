@@ -102,12 +102,16 @@ _NOT_RUN = Found(("not run", "", "", ""), "", "")
 def table(rows: Sequence[Row], results: Path) -> str:
     """Rows as Markdown: the paper's values, and what results/JOB/*/summary.json found.
 
+    A row that is not of the paper is left out until it has results.
+
     Raises:
         InputError: if a summary or a training log is damaged.
     """
     lines = [_COLUMNS, ("---",) * len(_COLUMNS)]
     for row in rows:
         found = _found(row, results)
+        if found is _NOT_RUN and row.paper is None:
+            continue
         paper = "not of the paper" if row.paper is None else " / ".join(f"{p:.1f}" for p in row.paper)
         *others, proven = found.accuracies
         lines.append((f"`{row.job}`", row.title, paper, *others, proven and f"**{proven}**", found.trained))
