@@ -593,7 +593,7 @@ def test_a_run_with_another_radius_or_width_does_not_pass_for_the_papers(reposit
 def test_every_line_of_the_table_has_the_same_columns(repository, finish):
     finish("cifar10-6c2f-maxmin", images=500, epochs=40)
     lines = table.table(ROWS, repository / "results").splitlines()
-    assert len(lines) == 2 + len(ROWS)
+    assert len(lines) == 2 + sum(line.paper is not None for line in ROWS)
     assert len({line.count("|") for line in lines}) == 1
 
 
