@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,11 @@ from locallip.bound.joins import Join
 from locallip.bound.nodes import IMAGES, Node, Obstacle, Refusal
 from locallip.bound.norms import Arithmetic
 from locallip.bound.operators import Dense, LinearOperator, Position
+from locallip.bound.ordering import flat, folded, free_name, needed
 from locallip.bound.precision import own_precision
 from locallip.bound.refusals import refuse_what_computes_otherwise
 from locallip.bound.replaced import trains
 from locallip.bound.rules import (
-    BatchNormed,
     Meaning,
     Place,
     Reshape,
@@ -85,7 +85,7 @@ class Graph:
             return model
         refuse_what_computes_otherwise(model)
         if type(model) is nn.Sequential:
-            nodes = _folded(list(_flat(model)))
+            nodes = folded(list(flat(model)))
             if not nodes:
                 raise TypeError("the network is empty")
             if all(has_rule(node.layer) for node in nodes) and type(nodes[-1].layer) is nn.Linear:
@@ -104,14 +104,14 @@ class Graph:
         if len(run.shape) != 1:
             shape = ", ".join(map(str, ("N", *run.shape)))
             raise TypeError(f"the network must give logits (N, K), and gives ({shape}); add a Flatten at its end")
-        nodes = _folded(_needed(run.nodes, run.output))
+        nodes = folded(needed(run.nodes, run.output))
         _refuse_settings(nodes, x)
         if run.draws:
             raise Refusal([Obstacle("the network draws random numbers", "take them out, or keep some in a buffer")])
         nodes = with_sums(nodes, lambda node: is_affine(node, x))
         if not (nodes and type(nodes[-1].layer) is nn.Linear):
             before = nodes[-1].position if nodes else IMAGES
-            nodes.append(Node(_free("logits", nodes), _identity(run.shape[0], x), (before,), run.shape))
+            nodes.append(Node(free_name("logits", nodes), _identity(run.shape[0], x), (before,), run.shape))
         kept = tuple((tensor, tensor.detach().clone()) for tensor in run.roots)
         graph = cls(tuple(nodes[:-1]), nodes[-1], x.shape[1:], kept)
         graph.refuse_if_unlike(model, x)
@@ -257,49 +257,6 @@ def _shape_behind(meaning: Meaning, shape: torch.Size, x: Tensor) -> torch.Size:
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def _flat(model: nn.Sequential, inputs: tuple[Position | None, ...] = (IMAGES,), path: str = "") -> Iterator[Node]:
-    """The layers of a Sequential and of those in it, one behind the other."""
-    for number, layer in enumerate(model):
-        position = f"{path}{number}" if path else number
-        if type(layer) is nn.Sequential:
-            nodes = list(_flat(layer, inputs, f"{position}."))
-        else:
-            nodes = [Node(position, layer, inputs)]
-        yield from nodes
-        inputs = (nodes[-1].position,) if nodes else inputs
-
-
-def _needed(nodes: list[Node], output: Position | None) -> list[Node]:
-    """The nodes that something of the output comes from."""
-    needed, result = {output}, []
-    for node in reversed(nodes):
-        if node.position in needed:
-            needed.update(node.inputs)
-            result.append(node)
-    return result[::-1]
-
-
-def _folded(nodes: list[Node]) -> list[Node]:
-    """The nodes with batch normalisation folded into the linear layer before it, if nothing else sees that."""
-    consumers = Counter(position for node in nodes for position in node.inputs)
-    renamed: dict[Position | None, Position | None] = {}
-    result: dict[Position, Node] = {}
-    for node in nodes:
-        node = replace(node, inputs=tuple(renamed.get(position, position) for position in node.inputs))
-        linear = result.get(node.inputs[0])
-        if linear is not None and consumers[linear.position] == 1 and BatchNormed.folds(linear.layer, node.layer):
-            renamed[node.position] = linear.position
-            node = replace(linear, layer=BatchNormed(linear.layer, node.layer))
-        result[node.position] = node
-    return list(result.values())
-
-
-def _free(name: str, nodes: list[Node]) -> str:
-    """The name, or one with a number behind it where a node has it."""
-    taken = {node.position for node in nodes}
-    return next(free for free in (name, *(f"{name}#{n}" for n in range(2, len(nodes) + 3))) if free not in taken)
 
 
 def _identity(size: int, x: Tensor) -> nn.Linear:
