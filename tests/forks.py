@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 
+import torch
 from conftest import Answer
 
 from locallip.files import run_script
@@ -29,6 +30,7 @@ class Fork(multiprocessing.get_context("fork").Process):
         self.start()
 
     def run(self):
+        torch.set_num_threads(1)  # those of OpenMP are not copied, and would be waited for
         if self.environment is not None:
             os.environ.clear()
             os.environ.update(self.environment)
