@@ -146,7 +146,7 @@ class Run:
         return self._given("start_from")
 
     @property
-    def behind(self) -> str | None:
+    def after(self) -> str | None:
         """The job with whose weights it begins; None: it begins afresh."""
         return next((run.job for run in RUNS if self.start_from == f"pretrained/{run.prefix}_best.pth"), None)
 
@@ -257,7 +257,7 @@ RUNS = (
         "--unaugmented_epochs 2 --sniter 2 --batch_size 64 --epsilon_train 0.1551 --loss emma --lr 5e-4 "
         "--lr_scheduler linear --end_lr 1e-5 --ema 0.998",
         "maxmin/cifar_fast",
-        took="0.3 h on one core behind cifar10-fast-muon",
+        took="0.3 h on one core after cifar10-fast-muon",
     ),
     Run(
         "cifar10-muon",
@@ -279,7 +279,7 @@ RUNS = (
         "--unaugmented_epochs 4 --sniter 2 --batch_size 64 --epsilon_train 0.1551 --loss emma --lr 5e-4 "
         "--lr_scheduler linear --end_lr 1e-5 --ema 0.998",
         "maxmin/cifar_best",
-        took="0.7 h on one core behind cifar10-muon",
+        took="0.7 h on one core after cifar10-muon",
     ),
     Run(
         "tinyimagenet-8c2f",

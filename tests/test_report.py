@@ -487,9 +487,9 @@ def test_trainings_on_one_data_set_are_drawn_beside_each_other(repository, finis
     assert paper.get_ydata() == pytest.approx([55.8, 55.8])
 
 
-def test_a_training_behind_another_is_drawn_behind_it_and_ends_in_what_is_proven(repository, finish, monkeypatch):
+def test_a_training_after_another_is_drawn_behind_it_and_ends_in_what_is_proven(repository, finish, monkeypatch):
     jobs = {"cifar10-muon": None, "cifar10-best": "cifar10-muon"}
-    assert {row.job: row.behind for row in ROWS if row.job in jobs} == jobs
+    assert {row.job: row.after for row in ROWS if row.job in jobs} == jobs
     for job in jobs:
         finish(job)
         (repository / "results" / job / "epochs.csv").write_text(EPOCHS)

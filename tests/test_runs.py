@@ -67,7 +67,8 @@ def test_the_reports_of_a_run_are_about_the_checkpoint_that_is_here(run):
     checkpoint = hashlib.sha256((ROOT / "pretrained" / f"{run.prefix}_best.pth").read_bytes()).hexdigest()
     reports = [ROOT / "results" / run.job / name / "summary.json" for name in ("proven", "product", "estimate")]
     of = {json.loads(path.read_text())["checkpoint"]["sha256"] for path in reports if path.exists()}
-    assert of == {checkpoint}
+    begins_another = run.job in {other.after for other in runs.RUNS}
+    assert of == {checkpoint} or (begins_another and not of)
     (row,) = (line for line in PRETRAINED.read_text().splitlines() if f"`{run.prefix}_best.pth`" in line)
     assert f"`{checkpoint[:12]}…`" in row
 

@@ -180,8 +180,8 @@ def over_minutes(axes: Axes, trainings: Sequence[Training]) -> None:
         row, epochs = training.row, training.epochs
         minutes = training.before + np.cumsum([epoch["seconds"] for epoch in epochs]) / 60
         certified = [100 * (1 - epoch["validation_certified_error"]) for epoch in epochs]
-        behind = f" behind {row.behind}" if row.behind else ""
-        label = f"{row.job}, {len(epochs)} of {row.epochs} epochs{behind}"
+        after = f" after {row.after}" if row.after else ""
+        label = f"{row.job}, {len(epochs)} of {row.epochs} epochs{after}"
         axes.plot(minutes, certified, style, color=color, label=label)
         if training.proven is not None:
             ends = [minutes[-1]] * 2, [certified[-1], training.proven]

@@ -28,7 +28,7 @@ class Row:
         data: what the data set is called.
         classes: of the whole data set.
         start_from: the file with whose weights the training begins; None: it begins afresh.
-        behind: the job that made this file.
+        after: the job that made this file.
     """
 
     job: str
@@ -40,7 +40,7 @@ class Row:
     data: str
     classes: int
     start_from: str | None = None
-    behind: str | None = None
+    after: str | None = None
 
 
 # The test images of every data set of the paper.
@@ -196,7 +196,7 @@ def _after(row: Row, start_from: str | None) -> str:
     """With which weights a training began, if it did not begin afresh."""
     if start_from is None:
         return ""
-    return f" after `{row.behind}`" if start_from == row.start_from else f" from {Path(start_from).name}"
+    return f" after `{row.after}`" if start_from == row.start_from else f" from {Path(start_from).name}"
 
 
 def _details(row: Row, summary: dict) -> list[str]:
@@ -268,16 +268,16 @@ def _draw_trainings(rows: Sequence[Row], results: Path) -> None:
 
 
 def _trainings(rows: Sequence[Row], results: Path) -> list[Training]:
-    """Those that left a log, and of those behind another one's weights those that can be placed behind it."""
+    """Those that left a log and, if they go on with the weights of another, can be placed after it."""
     logs = {row.job: (row, epochs) for row in rows if (epochs := read_epochs(results / row.job))}
 
     def minutes_before(row: Row) -> float:
         """NaN where a log is missing on the way."""
-        if row.behind is None:
+        if row.after is None:
             return 0.0
-        if row.behind not in logs:
+        if row.after not in logs:
             return np.nan
-        before, epochs = logs[row.behind]
+        before, epochs = logs[row.after]
         return minutes_before(before) + sum(epoch["seconds"] for epoch in epochs) / 60
 
     found = [Training(row, epochs, minutes_before(row), _found(row, results).proven) for row, epochs in logs.values()]
