@@ -512,6 +512,17 @@ def test_a_training_after_another_is_drawn_behind_it_and_ends_in_what_is_proven(
         assert end.get_ydata() == pytest.approx([50, percent["percent"]])
 
 
+def test_a_mere_beginning_of_another_training_is_not_drawn_beside_it(repository, finish, monkeypatch):
+    finish("cifar10-fast")
+    for job in ("cifar10-fast-muon", "cifar10-fast", "cifar10-muon"):
+        (repository / "results" / job).mkdir(parents=True, exist_ok=True)
+        (repository / "results" / job / "epochs.csv").write_text(EPOCHS)
+    drawn = []
+    monkeypatch.setattr(pictures, "over_minutes", lambda axes, trainings: drawn.extend(t.row.job for t in trainings))
+    table_script.main()
+    assert drawn == ["cifar10-fast", "cifar10-muon"]
+
+
 def test_a_training_whose_beginning_left_no_log_is_not_drawn(repository, finish):
     finish("cifar10-best")
     (repository / "results" / "cifar10-best" / "epochs.csv").write_text(EPOCHS)

@@ -187,18 +187,20 @@ def over_minutes(axes: Axes, trainings: Sequence[Training]) -> None:
             ends = [minutes[-1]] * 2, [certified[-1], training.proven]
             axes.plot(*ends, ":", color=color, linewidth=0.8, marker="o", markevery=[1])
             place = {"xytext": (5, -3), "textcoords": "offset points", "fontsize": 8, "color": color}
-            axes.annotate(f"{training.proven:.1f}", (minutes[-1], training.proven), **place)
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # lines of others may pass there
+            axes.annotate(f"{training.proven:.1f}", (minutes[-1], training.proven), **place, bbox=box)
     if any(training.proven is not None for training in trainings):
         axes.plot([], [], "o", color=INK, label="proven of the test images, with the dual, in the end")
     papers = [training.row.paper[2] for training in trainings if training.row.paper is not None]
     for best in papers and [max(papers)]:
         axes.axhline(best, color=INK, linewidth=0.8, linestyle="--", label=f"the paper's best estimate, {best:.1f}")
     end = 1.06 * axes.dataLim.x1  # room for the last number
+    top = 1.08 * axes.dataLim.y1
     axes.set(
-        xlabel="minutes of training", ylabel="certified by the product, estimate (%)", xlim=(0, end), ylim=(0, 100)
+        xlabel="minutes of training", ylabel="certified by the product, estimate (%)", xlim=(0, end), ylim=(0, top)
     )
     axes.set_title(f"{trainings[0].row.data}, validation images", loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
 def training(axes: Axes, epochs: list[dict[str, float]], row: Row) -> None:

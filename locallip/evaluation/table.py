@@ -255,13 +255,15 @@ def refresh(root: Path, rows: Sequence[Row]) -> str:
 
 
 def _draw_trainings(rows: Sequence[Row], results: Path) -> None:
-    """Every training by itself, and those on one data set beside each other."""
+    """Every training by itself; those on one data set beside each other, but for mere beginnings of others."""
     trainings = _trainings(rows, results)
     for training in trainings:
         with pictures.drawing(results / training.row.job / "training.png") as axes:
             pictures.training(axes, training.epochs, training.row)
-    for data in {training.row.data for training in trainings}:
-        of_data = [training for training in trainings if training.row.data == data]
+    begun = {training.row.after for training in trainings}
+    ended = [training for training in trainings if training.proven is not None or training.row.job not in begun]
+    for data in {training.row.data for training in ended}:
+        of_data = [training for training in ended if training.row.data == data]
         if len(of_data) > 1:
             with pictures.drawing(results / f"{data.lower().replace(' ', '-')}-over-minutes.png", 5.2) as axes:
                 pictures.over_minutes(axes, of_data)
