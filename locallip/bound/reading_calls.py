@@ -27,7 +27,7 @@ class Calls(TorchFunctionMode):
 
     def __init__(self, reading: Reading):
         super().__init__()
-        self._reading, self._in_call = reading, False
+        self._reading, self._in_call, self._translating = reading, False, False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -66,7 +66,7 @@ class Calls(TorchFunctionMode):
             reading.stop(self._without_result(function))
         try:
             self._refuse_changes(constants)
-            steps = translate(args, kwargs, Call(function, reading.traces.depends, result))
+            steps = self._translate(function, args, kwargs, result)
             if any({id(tensor) for tensor in step.tensors()} != set(known) for step in steps):
                 raise NoTranslationError("depends on the images in more than its first argument")
         except NoTranslationError as reason:
@@ -80,6 +80,16 @@ class Calls(TorchFunctionMode):
             reading.trace(tensor, self._apply(step, function, known)[0])
         return result
 
+    def _translate(
+        self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], result: Any
+    ) -> tuple[Step, ...]:
+        """The steps that a call means; what is computed to find them is not the network's."""
+        self._translating = True
+        try:
+            return translate(args, kwargs, Call(function, self._reading.traces.depends, result))
+        finally:
+            self._translating = False
+
     def _call(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Call a function that is seen to be called."""
         outermost, self._in_call = not self._in_call, True
@@ -91,9 +101,11 @@ class Calls(TorchFunctionMode):
     def _look(self, function: Callable[..., Any], operands: tuple[Any, ...]) -> None:
         """Note chance, and stop where something computes with the images without having been seen."""
         reading = self._reading
-        if _draws(function, operands) and not reading.is_elsewhere():
+        if self._translating or reading.is_elsewhere():
+            return
+        if torch.Tag.nondeterministic_seeded in getattr(function, "tags", ()):
             reading.captured.draws = True
-        seen = self._in_call or reading.leaf is not None or reading.is_elsewhere()
+        seen = self._in_call or reading.leaf is not None
         if not seen and any(map(reading.traces.depends, tensors_in(operands))):
             reading.stop(Obstacle(f"{UNSEEN} computes with the images{reading.where()}", reading.way_out()))
 
@@ -144,11 +156,6 @@ class Calls(TorchFunctionMode):
             what = f"something writes into a part of activations{where}"
             return Obstacle(what, "put the parts together with torch.cat or torch.where, as new tensors")
         return Obstacle(f"{name_of(function)}{where} takes a value out of the network", BY_VALUE)
-
-
-def _draws(function: Callable[..., Any], operands: tuple[Any, ...]) -> bool:
-    """Whether an operation draws random numbers; what steps are made of has no values, and starts with such."""
-    return torch.Tag.nondeterministic_seeded in function.tags and not any(t.is_meta for t in tensors_in(operands))
 
 
 def _shape_behind(layer: nn.Module, shapes: list[torch.Size]) -> torch.Size:
