@@ -208,14 +208,14 @@ class Graph:
             ours, size = self.logits(x)
             try:
                 with torch.set_grad_enabled(gradients):
-                    theirs = model(x.to(own.dtype, copy=True)).detach()
+                    theirs = model(x.to(own.dtype, copy=True))
             except Exception as error:
                 raise TypeError(
                     f"the network was read, and does not run on {len(x)} images: {first_line(error)}"
                 ) from error
         if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
             raise TypeError("the network gives something else than its layers do one after the other")
-        unlike = (ours - theirs.to(ours.dtype)).abs() > torch.finfo(own.dtype).eps ** 0.5 * size
+        unlike = (ours - theirs.detach().to(ours.dtype)).abs() > torch.finfo(own.dtype).eps ** 0.5 * size
         if unlike.any():
             raise TypeError(
                 "the network gives other logits than its layers and calls as they were read: something in it depends "
