@@ -195,7 +195,7 @@ class Graph:
         shape, generator = (_RANDOM, *x.shape[1:]), torch.Generator().manual_seed(1)
         others = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
         # What was made in inference mode has no gradients at all.
-        gradients = not any(weight.is_inference() for weight in model.parameters())
+        gradients = not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
         with torch.inference_mode(False):
             if len(x):
                 self._refuse_if_unlike(model, x[:_COMPARED], gradients=False)
