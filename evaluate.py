@@ -122,15 +122,29 @@ def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[
         load_weights(model, checkpoint["state_dict"], str(path))
     except InputError as error:
         hint = f"; it does not say its network, and --model {args.model} was assumed: name another" if assumed else ""
-        raise InputError(f"{error}{hint}") from None
+        raise InputError(f"{error}{hint or _other_network(args, trained)}") from None
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if args.epsilon is None:
         args.epsilon = DATA_SETS[args.data].epsilon
+        validated = trained.get("epsilon", args.epsilon)
+        if validated != args.epsilon and distributed.is_main():
+            print(f"epsilon is {args.epsilon:g}, the data set's; training validated at {validated}: --epsilon names it")
     with distributed.one_per_machine_first():
         images = load_data(args.data, args.data_dir, train=bool(args.held_out))
     if args.held_out:
         _, images = hold_out(images, args.held_out, args.seed)
     return model, images.to(device)[: args.images], path, checkpoint
+
+
+def _other_network(args: argparse.Namespace, trained: Mapping[str, Any]) -> str:
+    """A hint for a network that is not the one that was trained; empty: the checkpoint knows of no other."""
+    named = [
+        name for name in ("data", "model", "width") if trained.get(name, getattr(args, name)) != getattr(args, name)
+    ]
+    if not named:
+        return ""
+    own = " ".join(f"--{name} {trained[name]}" for name in named)
+    return f"; it was trained with {own}: drop {' and '.join(f'--{name}' for name in named)}"
 
 
 def _refuse_trained_on(args: argparse.Namespace, trained: Mapping[str, Any], path: Path) -> None:

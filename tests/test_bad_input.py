@@ -233,6 +233,13 @@ def test_evaluation_refuses_a_checkpoint_of_another_architecture(evaluation_refu
     evaluation_refused("another architecture", saved_net, *flags)
 
 
+def test_evaluation_says_what_a_checkpoint_was_trained_with(evaluation_refused, saved_net):
+    checkpoint = torch.load(saved_net, weights_only=True)
+    torch.save({**checkpoint, "arguments": {"model": "standrelu", "width": 0.25}}, saved_net)
+    complaint = "it was trained with --model standrelu --width 0.25: drop --model and --width"
+    evaluation_refused(complaint, saved_net, "--model", "c4f3_maxmin", "--width", 0.1)
+
+
 def test_evaluation_refuses_a_folder_as_a_checkpoint(evaluation_refused, tmp_path):
     evaluation_refused("no checkpoint", tmp_path)
 

@@ -119,6 +119,15 @@ def trained_with(saved_net):
     return train
 
 
+@pytest.mark.parametrize(("validated", "flags"), [(0.25, []), (0.25, ["--epsilon", 0.3]), (1.58, []), (None, [])])
+def test_another_radius_than_that_of_the_training_is_named(call, trained_with, validated, flags):
+    saved_model = trained_with(**({} if validated is None else {"epsilon": validated}))
+    quick = ["--images", 4, "--curve_images", 1, "--certificate", "estimate", "--test_sniter", 2]
+    answer = call("evaluate", *TINY, "--saved_model", saved_model, *quick, *flags)
+    note = "epsilon is 1.58, the data set's; training validated at 0.25: --epsilon names it"
+    assert (note in answer.out) == (validated == 0.25 and not flags)
+
+
 @pytest.mark.parametrize("trained", [{}, {"data": "digits", "val_split": 30, "seed": 5}])
 @pytest.mark.parametrize("count", [20, 30])
 def test_the_images_that_a_training_held_out_can_be_evaluated(

@@ -168,6 +168,11 @@ class Clip(_Thresholds):
     high: Threshold
     pairs: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.low, int | float) or not isinstance(self.high, int | float | Tensor):
+            kinds = type(self.low).__name__, type(self.high).__name__
+            raise TypeError(f"Clip needs a number, and a number or tensor above it (math.inf: none), got {kinds}")
+
     def varying(self, lower: Tensor, upper: Tensor) -> Tensor:
         return ~((upper <= self.low) | (lower >= self.high))
 

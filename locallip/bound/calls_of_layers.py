@@ -31,6 +31,16 @@ def _linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = Non
     return Step(_with(layer, weight=weight, bias=bias), (input,))
 
 
+@means("matmul", "mm", "__matmul__")
+def _matmul(call: Call, input: Tensor, other: Tensor) -> Step:
+    if call.depends(other):
+        raise NoTranslationError("multiplies by activations, so that no Lipschitz constant is known")
+    if (input.dim(), other.dim()) != (2, 2):
+        raise NoTranslationError("has a rule for activations (N, features) times a matrix alone")
+    layer = nn.Linear(*other.shape, bias=False, device="meta")
+    return Step(_with(layer, weight=other.t(), bias=None), (input,), (other,))
+
+
 def _convolution(kind: type[nn.Module]) -> Translation:
     def translation(
         call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
@@ -115,7 +125,9 @@ def _layer(kind: type[nn.Module]) -> Translation:
 
 def _dropout(kind: type[nn.Module]) -> Translation:
     def translation(call: Call, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Step:
-        return Step(kind(p).train(training and p > 0), (input,))
+        if training and p > 0:
+            raise NoTranslationError("drops activations in eval mode too; call it with training=self.training")
+        return Step(kind(p).eval(), (input,))
 
     return translation
 

@@ -149,9 +149,10 @@ def certified_radius(
     """The largest certified epsilon per image, found by bisection: (N,), in the space of x.
 
     The radius returned was itself certified (0 where the network's answer is not y), and one that is larger by
-    `tolerance` at most was not. Images that are certified up to `limit`, which is more than any two images of 0.3
-    million pixels in [0, 1] lie apart, get `limit`. Without y, (N,), the network's own answer is the label. Arguments
-    otherwise and errors are those of `certify`, which is asked 20 times or so: that is what it costs.
+    `tolerance` at most was not. `certify` at this radius draws other start vectors and may leave an image open there.
+    Images that are certified up to `limit`, which is more than any two images of 0.3 million pixels in [0, 1] lie
+    apart, get `limit`. Without y, (N,), the network's own answer is the label. Arguments otherwise and errors are those
+    of `certify`, which is asked 20 times or so: that is what it costs.
 
     Raises:
         TypeError, ValueError: also for a tolerance or limit that is no number, or not finite and above 0.

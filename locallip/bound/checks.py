@@ -72,13 +72,15 @@ def refuse_images(x: Any, model: Any = None, converted: bool = False) -> None:
         raise ValueError(f"need images with entries, got the shape {tuple(x.shape)}")
     if x.dim() < 2:
         raise ValueError(f"need images (N, ...), got the shape {tuple(x.shape)}: one image is x[None]")
+    if x.is_meta:
+        raise ValueError("the images are on the device meta, where they have no values: hand in real ones")
     weight = first_weight(model) if isinstance(model, nn.Module) else None
     if weight is None:
-        if x.is_meta:
-            raise ValueError("the images are on the device meta, where they have no values: hand in real ones")
         return
     if weight.device != x.device:
-        raise ValueError(f"the images are on {x.device}, the network on {weight.device}: hand in x.to({weight.device})")
+        raise ValueError(
+            f"the images are on {x.device}, the network on {weight.device}: hand in x.to('{weight.device}')"
+        )
     if weight.dtype != x.dtype and not converted:
         raise TypeError(f"the images are {x.dtype}, the weights {weight.dtype}: hand in x.to({weight.dtype})")
 

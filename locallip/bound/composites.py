@@ -99,6 +99,14 @@ class Branch:
         ones = self.operators[0].weight.new_ones(1, *self.operators[0].input_shape)
         return self.through(ones, "absolute").max()
 
+    def geometry(self) -> tuple:
+        """What its operators and its coefficient are, but for their weights."""
+        parts = (
+            (type(part), part.weight.shape, part.input_shape, part.output_shape, part.geometry())
+            for part in self.operators
+        )
+        return float(self.coefficient), *parts
+
     def divided(self, by: Tensor) -> Branch:
         """The branch over a power of two, its operators brought to scale, so that no product of them underflows."""
         coefficient = torch.stack([operator.scale for operator in self.operators]).prod() / by * self.coefficient
@@ -149,10 +157,7 @@ class Sum(LinearOperator):
         return all(part.tells_all for part in self._parts())
 
     def geometry(self) -> tuple:
-        return tuple(
-            (type(part), part.weight.shape, part.input_shape, part.output_shape, part.geometry())
-            for part in self._parts()
-        )
+        return tuple(branch.geometry() for branch in self.branches)
 
     def apply(self, x: Tensor) -> Tensor:
         return self._through(x, "apply")

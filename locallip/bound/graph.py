@@ -57,12 +57,14 @@ class Graph:
             is the identity.
         shape: of the images that it was read off a run on; None: there was no need to run the network.
         weights: pairs of a tensor of the network and what it was, where a run has computed weights or places from it.
+        computes: whether its `forward` computes weights or constants, by more than views.
     """
 
     hidden: tuple[Node, ...]
     last: Node
     shape: torch.Size | None = None
     weights: tuple[tuple[Tensor, Tensor], ...] = ()
+    computes: bool = False
 
     @classmethod
     def of(cls, model: nn.Module | Graph, x: Tensor | None = None) -> Graph:
@@ -113,7 +115,7 @@ class Graph:
             before = nodes[-1].position if nodes else IMAGES
             nodes.append(Node(free_name("logits", nodes), _identity(run.shape[0], x), (before,), run.shape))
         kept = tuple((tensor, tensor.detach().clone()) for tensor in run.roots)
-        graph = cls(tuple(nodes[:-1]), nodes[-1], x.shape[1:], kept)
+        graph = cls(tuple(nodes[:-1]), nodes[-1], x.shape[1:], kept, run.computes)
         graph.refuse_if_unlike(model, x)
         return graph
 
@@ -125,11 +127,17 @@ class Graph:
         """What every hidden layer is, for images x (N, ...), by position; nothing is computed.
 
         Raises:
-            TypeError: names a layer without a rule and its position; no layer is ever skipped.
+            TypeError: names a layer without a rule and its position; no layer is ever skipped. Or, for what is deployed
+                in float32, says that the network computes weights or constants.
             ValueError: names a layer in training mode, or one that takes activations of another width; or for images of
                 another shape than the network was run on, or for `weights` that have changed.
         """
         self._refuse_others(x)
+        if arithmetic.deployed and self.computes:
+            raise TypeError(
+                "the network computes weights or constants in its forward, whose rounding in float32 is not bounded; "
+                "compute them once, and keep them in parameters or buffers"
+            )
         shape, result, behind = x.shape[1:], [], {}
         for node in self.hidden:
             _refuse_other_shapes(node, behind)
@@ -214,7 +222,11 @@ class Graph:
                     f"the network was read, and does not run on {len(x)} images: {first_line(error)}"
                 ) from error
         if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
-            raise TypeError("the network gives something else than its layers do one after the other")
+            given = tuple(theirs.shape) if isinstance(theirs, Tensor) else first_line(type(theirs).__name__)
+            raise TypeError(
+                f"the network gives {given} for {len(x)} images, and its layers as they were read {tuple(ours.shape)}: "
+                "something in it depends on how many images there are, such as squeeze(); use flatten(1)"
+            )
         unlike = (ours - theirs.detach().to(ours.dtype)).abs() > torch.finfo(own.dtype).eps ** 0.5 * size
         if unlike.any():
             raise TypeError(

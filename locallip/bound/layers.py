@@ -103,8 +103,11 @@ class Normalize(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.get_default_dtype()).flatten())
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.get_default_dtype()).flatten())
-        if not (self.std > 0).all():
-            raise ValueError(f"every standard deviation must be above 0, got {self.std.tolist()}")
+        if not ((self.std > 0).all() and self.mean.isfinite().all() and self.std.isfinite().all()):
+            given = f"{self.mean.tolist()} and {self.std.tolist()}"
+            raise ValueError(f"means must be finite numbers and standard deviations ones above 0, got {given}")
+        if len(self.mean) != len(self.std) and 1 not in (len(self.mean), len(self.std)):
+            raise ValueError(f"need as many means as standard deviations, got {len(self.mean)} and {len(self.std)}")
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean[:, None, None]) / self.std[:, None, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +79,9 @@ def _batch_norm(layer: nn.Module, place: Place) -> LinearOperator:
 
 @rule(BatchNormed)
 def _batch_normed(layer: BatchNormed, place: Place) -> LinearOperator:
-    _refuse_deployed(place, layer.normalization)
-    affine = _scale_and_shift(layer.normalization, place)
+    behind = replace(place, position=layer.position)
+    _refuse_deployed(behind, layer.normalization)
+    affine = _scale_and_shift(layer.normalization, behind)
     return meaning_of(layer.linear, place).rescaled(*affine)
 
 
@@ -88,7 +90,9 @@ def _scale_and_shift(layer: nn.Module, place: Place) -> tuple[Tensor, Tensor, Te
     refuse_training_mode(place, layer)
     if layer.running_var is None:
         where = describe(place.position, layer)
-        raise TypeError(f"{where} keeps no running statistics, so it depends on the batch")
+        raise TypeError(
+            f"{where} keeps no running statistics, so it depends on the batch; train it with track_running_stats=True"
+        )
     scale = (layer.running_var + layer.eps).rsqrt() * (1 if layer.weight is None else layer.weight)
     center = layer.running_mean * scale
     bias = torch.zeros_like(center) if layer.bias is None else layer.bias

@@ -53,7 +53,7 @@ class Refusal(TypeError):
     """A network that has no bound, with all that is in the way."""
 
     def __init__(self, obstacles: list[Obstacle]):
-        one, *more = obstacles
+        one, *more = obstacles = list(dict.fromkeys(obstacles))
         listed = "".join(f"\n  - {obstacle}" for obstacle in obstacles)
         super().__init__(f"{len(obstacles)} obstacles in the network:{listed}" if more else str(one))
         self.obstacles = obstacles

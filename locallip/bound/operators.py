@@ -23,6 +23,8 @@ Position = int | str
 # By the number of dimensions.
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+# The layers that pad as convolutions can.
+_PADDING = {"reflect": "ReflectionPad", "replicate": "ReplicationPad", "circular": "CircularPad"}
 _BY_WEIGHT = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 
@@ -243,7 +245,10 @@ class Conv(LinearOperator):
         """
         where = f"{type(layer).__name__} at position {position}"
         if layer.padding_mode != "zeros":
-            raise TypeError(f"{where}: padding_mode '{layer.padding_mode}' is not supported, 'zeros' is")
+            other = f"nn.{_PADDING[layer.padding_mode]}{len(layer.kernel_size)}d"
+            raise TypeError(
+                f"{where}: padding_mode '{layer.padding_mode}' is not supported; put {other} before it instead"
+            )
         padding = layer.padding
         if padding == "valid":
             padding = 0
@@ -251,7 +256,7 @@ class Conv(LinearOperator):
             dilation = per_axis(layer.dilation, len(layer.kernel_size))
             reach = [d * (k - 1) for d, k in zip(dilation, layer.kernel_size, strict=True)]
             if any(r % 2 for r in reach):
-                raise TypeError(f"{where}: padding 'same' pads unevenly for this kernel")
+                raise TypeError(f"{where}: padding 'same' pads unevenly for this kernel; pad by nn.ZeroPad before it")
             padding = tuple(r // 2 for r in reach)
         geometry = (layer.stride, padding, layer.dilation, layer.groups)
         return cls(layer.weight, layer.bias, position, input_shape, *geometry, factors)

@@ -45,7 +45,7 @@ def folded(nodes: list[Node]) -> list[Node]:
         linear = result.get(node.inputs[0])
         if linear is not None and consumers[linear.position] == 1 and BatchNormed.folds(linear.layer, node.layer):
             renamed[node.position] = linear.position
-            node = replace(linear, layer=BatchNormed(linear.layer, node.layer))
+            node = replace(linear, layer=BatchNormed(linear.layer, node.layer, node.position))
         result[node.position] = node
     return list(result.values())
 

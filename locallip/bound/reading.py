@@ -34,6 +34,7 @@ class Captured:
         output: position of the node that makes the logits.
         shape: of one image's output.
         roots: tensors that nodes were made from and do not hold themselves; not the images.
+        computes: whether weights or constants of nodes were computed in the run, by more than views.
         draws: whether the run has drawn random numbers.
     """
 
@@ -41,6 +42,7 @@ class Captured:
     output: Position | None = IMAGES
     shape: torch.Size = field(default_factory=torch.Size)
     roots: list[Tensor] = field(default_factory=list)
+    computes: bool = False
     draws: bool = False
 
     def keep(self, *roots: Tensor) -> None:

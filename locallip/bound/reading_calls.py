@@ -76,6 +76,7 @@ class Calls(TorchFunctionMode):
             return result
         made_from = [constant for step in steps for constant in step.made_from]
         reading.captured.keep(*reading.traces.roots(tensors), *made_from)
+        reading.captured.computes = reading.captured.computes or reading.traces.compute_numbers(tensors)
         for tensor, step in zip(tensors_in(result), steps, strict=True):
             reading.trace(tensor, self._apply(step, function, known)[0])
         return result

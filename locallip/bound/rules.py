@@ -70,9 +70,22 @@ _METHODS: dict[type[nn.Module], list[Any]] = {nn.Sequential: _methods(nn.Sequent
 
 
 def rule(*layer_types: type[nn.Module]) -> Callable[[Rule], Rule]:
-    """Register what layers of exactly these types are; a subclass may differ and needs a rule of its own."""
+    """Register what layers of exactly these types are; a subclass may differ and needs a rule of its own.
+
+    Raises:
+        TypeError: for anything but classes of layers, and for a class whose rule is another function by name or module:
+            no rule is replaced by accident, but may be defined again.
+    """
+    wrong = [kind for kind in layer_types if not (isinstance(kind, type) and issubclass(kind, nn.Module))]
+    if wrong or not layer_types:
+        got = ", ".join(map(first_line, wrong)) or "none"
+        raise TypeError(f"rule() takes classes of layers, as in @rule(MyLayer), and got {got}")
 
     def register(function: Rule) -> Rule:
+        for kind in layer_types:
+            known = _RULES.get(kind, function)
+            if (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
+                raise TypeError(f"{kind.__name__} has a rule already; write yours for a subclass of it")
         _RULES.update(dict.fromkeys(layer_types, function))
         _METHODS.update({layer_type: _methods(layer_type) for layer_type in layer_types})
         return function
@@ -161,7 +174,8 @@ _ADVICE: dict[tuple[type[nn.Module], ...], str] = {
 
 def describe(position: Position, layer: nn.Module) -> str:
     """How messages name a layer."""
-    return f"{type(layer).__name__} at position {position}"
+    where = f"at position {position}" if position != "" else "as the whole network"
+    return f"{type(layer).__name__} {where}"
 
 
 def refuse(place: Place, layer: nn.Module, why: str) -> NoReturn:
@@ -210,11 +224,14 @@ def window_settings(layer: nn.Module, place: Place, axes: int) -> list[tuple[int
 
 
 class BatchNormed(nn.Module):
-    """A linear layer with batch normalisation right behind it: one affine map, whose norm is below the product's."""
+    """A linear layer with batch normalisation right behind it: one affine map, whose norm is below the product's.
 
-    def __init__(self, linear: nn.Module, normalization: nn.Module):
+    position: of the normalisation, by which messages name it.
+    """
+
+    def __init__(self, linear: nn.Module, normalization: nn.Module, position: Position):
         super().__init__()
-        self.linear, self.normalization = linear, normalization
+        self.linear, self.normalization, self.position = linear, normalization, position
 
     @staticmethod
     def folds(linear: nn.Module, normalization: nn.Module) -> bool:

@@ -62,3 +62,13 @@ class Traces:
         for tensor in tensors:
             if id(tensor) in self._computed:
                 yield from self._computed[id(tensor)][1]
+
+    def compute_numbers(self, tensors: list[Tensor]) -> bool:
+        """Whether any of the tensors was computed and has numbers of its own, and not those of what it comes from."""
+        computed = [self._computed[id(tensor)] for tensor in tensors if id(tensor) in self._computed]
+        return any(_memory(tensor) not in map(_memory, roots) for tensor, roots in computed)
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where the numbers of a tensor lie, which views share."""
+    return tensor.untyped_storage().data_ptr()

@@ -22,6 +22,7 @@ from torch import nn
 from local_bound import (
     Graph,
     PowerIteration,
+    ProvenNorms,
     certified_radius,
     certify,
     local_lipschitz,
@@ -31,7 +32,7 @@ from local_bound import (
     worst_logits,
     worst_margin,
 )
-from locallip.bound.composites import Sum
+from locallip.bound.composites import Branch, Scaling, Sum
 from locallip.bound.stages import is_by_dual
 
 SHAPE = (1, 5, 5)
@@ -213,6 +214,33 @@ def test_batch_norm_in_a_branch_has_no_bound_in_single_precision():
         propagate(model, x, 0.01, proven_norms(model, x, IMAGES, deployed="float32"))
 
 
+def test_weights_that_are_computed_have_no_bound_in_single_precision():
+    class Computing(Residual):
+        def block(self, x):
+            return F.relu(x + self.b(F.conv2d(x, (self.a.weight + 1e4) - 1e4, padding=1)))
+
+    model, x = Computing(), images(*SHAPE)
+    y = model(x).argmax(dim=1)
+    assert prove(model, x, y, 0.01, proven_norms(model, x, IMAGES)).stages
+    with pytest.raises(TypeError, match="rounding in float32 is not bounded; compute them once"):
+        prove(model, x, y, 0.01, proven_norms(model, x, IMAGES, deployed="float32"))
+
+
+def test_constants_that_are_kept_have_a_bound_in_single_precision():
+    class Centred(Residual):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.full((1,), 0.3, dtype=torch.float64))
+
+        def forward(self, x):
+            return super().forward((x - self.mean[:, None, None]) / 0.3)
+
+    model, x = Centred(), images(*SHAPE)
+    bound = propagate(model, x, 0.01, proven_norms(model, x, IMAGES, deployed="float32"))
+    computed = model.float()(x.float()).double()
+    assert ((computed - bound.logits).abs() <= bound.deployed_rounding).all()
+
+
 def test_a_narrow_ball_eliminates_more_than_a_wide_one(model):
     x = images(*SHAPE)
     narrow, wide = (propagate(model, x, epsilon, ExactNorms()) for epsilon in (0.02, 2.0))
@@ -236,6 +264,40 @@ def test_affine_branches_are_one_operator_with_one_norm():
         torch.testing.assert_close(dense_matrix(operator.apply, operator.input_shape), expected)
         norm = walk(model, x, 0.1).global_norms[operator.position]
         torch.testing.assert_close(norm, norm_of(expected), rtol=1e-3, atol=0)
+
+
+class Scaled(nn.Module):
+    """b(x) s + a(x), or b(x) + a(x s): the same parts in the same order, in other branches."""
+
+    def __init__(self, scaled_behind):
+        super().__init__()
+        self.scaled_behind = scaled_behind
+        self.a, self.b, self.out = (nn.Linear(2, 2, bias=False, dtype=torch.float64) for _ in range(3))
+        weights = torch.tensor([[[0.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]])
+        for layer, weight in zip((self.a, self.b, self.out), weights.double()):
+            layer.weight.data = weight
+        self.register_buffer("scale", torch.tensor([0.01, 10.0], dtype=torch.float64))
+
+    def forward(self, x):
+        hidden = self.b(x) * self.scale + self.a(x) if self.scaled_behind else self.b(x) + self.a(x * self.scale)
+        return self.out(F.relu(hidden))
+
+
+def test_norms_of_a_sum_are_not_taken_for_those_of_another_whose_branches_end_elsewhere():
+    norms = ProvenNorms(1e-6, planned=1000, seed=0)
+    x, y = torch.tensor([[0.5, 0.045]], dtype=torch.float64), torch.tensor([0])
+    certify(Scaled(True).eval(), x, y, 0.01, certificate=norms)
+    assert Scaled(False)(x + torch.tensor([0.0, 0.0099])).argmax() == 1
+    assert not certify(Scaled(False).eval(), x, y, 0.01, certificate=norms)
+
+
+def test_norms_of_a_sum_are_not_taken_for_those_of_another_with_other_coefficients():
+    def branches(coefficient):
+        one = Scaling(torch.ones(1), None, "a", torch.Size([2]))
+        return Sum((Branch((one,)), Branch((one,), coefficient)), "a", torch.Size([2]), torch.Size([2]))
+
+    assert branches(1.0).geometry() == branches(1.0).geometry()
+    assert branches(1.0).geometry() != branches(10.0).geometry()
 
 
 def test_local_norms_of_affine_residuals_are_those_of_masked_matrices():

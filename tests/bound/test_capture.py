@@ -7,6 +7,7 @@ from oracles import CLASSES, IMAGES, MAPS, images, settled, walk
 from torch import nn
 
 from local_bound import (
+    Arithmetic,
     Clip,
     Graph,
     PowerIteration,
@@ -354,14 +355,15 @@ UNREADABLE = {
     "product of activations": (lambda x: x * x.sigmoid(), "multiplies activations"),
     "division by activations": (lambda x: 1 / (x + 2), r"truediv__\(\)"),
     "square": (lambda x: x**2, r"pow__\(\)"),
-    "matrix product": (lambda x: x @ x.T, r"matmul\(\)|T\(\)"),
+    "matrix product": (lambda x: x @ x.T, r"mixes images|T\(\)"),
+    "a product with activations": (lambda x: torch.ones(3, 3).double() @ x, r"matmul\(\)"),
     "a mean over the batch": (lambda x: x - x.mean(0), r"mean\(\)"),
     "a batch that is joined": (lambda x: torch.cat([x, x])[: len(x)], "batches"),
     "a batch that is mixed": (lambda x: x.reshape(len(x) // 1 * 2, 3).reshape(len(x), 6), "batch"),
     "a batch that is turned": (lambda x: x.flip(0), "mixes images"),
     "a border of ones": (lambda x: F.pad(x, (1, 1), value=1.0)[:, :6], "something else than entries"),
     "another precision": (lambda x: x.float().double(), "dtype"),
-    "dropout that stays on": (lambda x: F.dropout(x, 0.5), "training mode"),
+    "dropout that stays on": (lambda x: F.dropout(x, 0.5), r"call it with training=self\.training"),
     "broadcasting of activations": (lambda x: x + x[:, :1], "shapes"),
     "a batch that is split": (lambda x: x - x.chunk(3)[0], "mixes images"),
     "a constant for every image": (lambda x: x + torch.ones(3, 6), "for every image"),
@@ -386,6 +388,39 @@ def test_a_call_without_a_rule_is_refused_by_name_and_line(name):
     last = nn.Linear(6, CLASSES)
     with pytest.raises(TypeError, match=rf"(?s)({words}).*test_capture.py:\d+|test_capture.py:\d+.*({words})"):
         walk(Called(lambda x, last: last(call(x)), last), images(6), 0.1)
+
+
+class ByMatrices(nn.Module):
+    """A network of matrices, as one writes it by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.shift = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(8))
+        self.second = nn.Parameter(torch.randn(8, CLASSES))
+
+    def forward(self, x):
+        return F.relu(x @ self.first.T + self.shift).matmul(self.second)
+
+
+def test_a_product_with_a_matrix_is_a_linear_layer():
+    model, x = ByMatrices().double().eval(), images(6)
+    graph = Graph.of(model, x)
+    torch.testing.assert_close(graph.logits(x)[0], model(x))
+    layers = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, CLASSES, bias=False)).double().eval()
+    layers[0].weight.data, layers[0].bias.data = model.first.data, model.shift.data
+    layers[2].weight.data = model.second.data.t()
+    y = model(x).argmax(dim=1)
+    radii = (certified_radius(network, x, y, tolerance=1e-4, effort="product") for network in (model, layers))
+    torch.testing.assert_close(*radii, rtol=0.1, atol=1e-3)
+
+
+def test_a_product_with_another_matrix_since_is_noticed():
+    model, x = ByMatrices().double().eval(), images(6)
+    graph = Graph.of(model, x)
+    with torch.no_grad():
+        model.second.mul_(2)
+    with pytest.raises(ValueError, match="make its graph anew"):
+        graph.meanings(x, Arithmetic())
 
 
 def test_one_refusal_names_all_obstacles_each_with_its_place_and_a_way_out():

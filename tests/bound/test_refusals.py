@@ -2,13 +2,14 @@
 
 import functools
 import inspect
+import math
 
 import pytest
 import torch
 from oracles import CLASSES, IMAGES, MAPS, dense_network, images, network_with, walk
 from torch import nn
 
-from local_bound import GroupSort, certified_radius, certify, local_lipschitz
+from local_bound import Clip, Graph, GroupSort, Normalize, certified_radius, certify, local_lipschitz
 from locallip.bound import rules
 
 
@@ -33,7 +34,7 @@ def test_an_unknown_layer_is_refused_with_its_type_and_position(layer):
 
 def test_padding_other_than_zeros_is_refused():
     model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(72, 3))
-    with pytest.raises(TypeError, match=r"Conv2d.*position 0.*reflect"):
+    with pytest.raises(TypeError, match=r"Conv2d.*position 0.*reflect.*put nn\.ReflectionPad2d before it"):
         walk(model.double(), images(1, 6, 6), 0.1)
 
 
@@ -86,7 +87,7 @@ def test_training_mode_is_refused_and_nothing_is_learnt_from_the_images(ask, lay
 
 def test_batch_norm_in_training_mode_behind_a_linear_layer_is_refused(ask):
     model = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Linear(12, CLASSES)).double()
-    with pytest.raises(ValueError, match="training mode"):
+    with pytest.raises(ValueError, match="BatchNorm1d at position 1 is in training mode"):
         ask(model, images(12))
 
 
@@ -170,5 +171,31 @@ def test_settings_without_a_rule_are_refused_by_the_name_of_the_layer(ask, layer
 def test_batch_statistics_behind_a_linear_layer_are_refused(ask):
     model = network_with(nn.Identity())
     model.insert(1, nn.BatchNorm1d(12, track_running_stats=False))
-    with pytest.raises(TypeError, match="running statistics"):
+    with pytest.raises(TypeError, match=r"BatchNorm1d at position 1 keeps no running statistics.*track_running_stats"):
         ask(model.double().eval(), images(12))
+
+
+def test_clip_needs_ends_that_can_be_compared():
+    assert Clip(0.0, math.inf).high == math.inf
+    for ends in ((0.0, None), ("0", 1.0), (torch.zeros(1), 1.0)):
+        with pytest.raises(TypeError, match="Clip needs a number"):
+            Clip(*ends)
+
+
+@pytest.mark.parametrize("given", [([math.nan], [1.0]), ([0.5], [math.inf]), ([0.5], [0.0]), ([0.5] * 2, [1.0] * 3)])
+def test_normalize_needs_means_and_deviations_that_fit(given):
+    with pytest.raises(ValueError, match="standard deviations"):
+        Normalize(*given)
+
+
+def test_a_network_that_drops_the_dimension_of_a_single_image_is_told_why():
+    class Squeezing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.out = nn.Conv2d(1, 4, 6), nn.Linear(4, CLASSES)
+
+        def forward(self, x):
+            return self.out(self.conv(x).squeeze())
+
+    with pytest.raises(TypeError, match=r"for 1 images.*squeeze\(\); use flatten\(1\)"):
+        Graph.of(Squeezing().eval(), torch.rand(1, 1, 6, 6))

@@ -26,6 +26,7 @@ from torch import nn
 
 from local_bound import (
     Arithmetic,
+    Clip,
     Elementwise,
     Graph,
     GroupSort,
@@ -716,7 +717,10 @@ def test_a_rule_counts_for_its_very_type_only(scratch_rules):
 
 
 def test_a_rule_for_a_layer_that_works_in_place_leaves_the_box_whole(scratch_rules):
-    @rule(nn.LeakyReLU)
+    class Leaky(nn.LeakyReLU):
+        """With another rule."""
+
+    @rule(Leaky)
     def leaky(layer, place):
         return Elementwise(layer, lambda lower, upper: torch.ones_like(lower, dtype=torch.bool))
 
@@ -725,7 +729,35 @@ def test_a_rule_for_a_layer_that_works_in_place_leaves_the_box_whole(scratch_rul
     boxes = []
     for inplace in (False, True):
         torch.manual_seed(1)
-        net = nn.Sequential(nn.Linear(6, 5), nn.LeakyReLU(0.1, inplace), nn.Linear(5, 4), nn.LeakyReLU(0.1, inplace))
+        net = nn.Sequential(nn.Linear(6, 5), Leaky(0.1, inplace), nn.Linear(5, 4), Leaky(0.1, inplace))
         bound = propagate(nn.Sequential(*net, nn.Linear(4, 3)), x, 0.3, PowerIteration(50))
         boxes.append(torch.stack([bound.lower, bound.center, bound.upper]))
     assert torch.equal(*boxes)
+
+
+@pytest.mark.parametrize("wrong", [nn.ReLU(), "ReLU", int, lambda layer, place: None], ids=str)
+def test_rules_are_for_classes_of_layers_and_nothing_else(scratch_rules, wrong):
+    with pytest.raises(TypeError, match=r"as in @rule\(MyLayer\)"):
+        rule(nn.Bilinear, wrong)
+    assert nn.Bilinear not in rules._RULES
+
+
+def test_a_rule_without_a_class_is_refused():
+    with pytest.raises(TypeError, match="and got none"):
+        rule()
+
+
+def test_no_rule_is_replaced_by_accident(scratch_rules):
+    class Mine(nn.Module):
+        """One of the user's own."""
+
+    def of_mine(layer, place):
+        return Clip(0.0, 1.0)
+
+    with pytest.raises(TypeError, match="ReLU has a rule already"):
+        rule(Mine, nn.ReLU)(of_mine)
+    assert Mine not in rules._RULES
+    rule(Mine)(of_mine)
+    rule(Mine)(of_mine)  # as a notebook does that runs a cell again
+    with pytest.raises(TypeError, match="Mine has a rule already"):
+        rule(Mine)(rules._RULES[nn.Identity])
