@@ -202,6 +202,27 @@ RUNS = (
         took="0.8 h on one core",
     ),
     Run(
+        "mnist-best",
+        "mnist",
+        "4C3F, clipped MaxMin, mnist-fast and 45 more epochs",
+        "c4f3_clmaxmin",
+        "--start_from pretrained/maxmin/mnist_fast_best.pth --epochs 45 --global_epochs 45 --rampup 0 --sniter 2 "
+        "--batch_size 64 --epsilon_train 1.25 --gloro --no_augmentation --lr 5e-4 --lr_scheduler linear --end_lr 1e-5 "
+        "--ema 0.999",
+        "maxmin/mnist_best",
+        took="1.7 h on one core after mnist-fast",
+    ),
+    Run(
+        "mnist-fast-relu",
+        "mnist",
+        "4C3F, clipped ReLU, global norms, falling rate, averaged weights",
+        "relux",
+        "--epochs 40 --orthogonal --global_epochs 40 --rampup 20 --sniter 2 --init 1.0 --batch_size 64 "
+        "--epsilon_train 0.8 --gloro --no_augmentation --lr_scheduler linear --end_lr 1e-5 --ema 0.999",
+        "relu/mnist_fast",
+        took="1.5 h on one core",
+    ),
+    Run(
         "cifar10-4c3f",
         "cifar10",
         "4C3F",
