@@ -735,7 +735,9 @@ def test_a_rule_for_a_layer_that_works_in_place_leaves_the_box_whole(scratch_rul
     assert torch.equal(*boxes)
 
 
-@pytest.mark.parametrize("wrong", [nn.ReLU(), "ReLU", int, lambda layer, place: None], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [nn.ReLU(), "ReLU", int, lambda layer, place: None], ids=["layer", "name", "other class", "function"]
+)
 def test_rules_are_for_classes_of_layers_and_nothing_else(scratch_rules, wrong):
     with pytest.raises(TypeError, match=r"as in @rule\(MyLayer\)"):
         rule(nn.Bilinear, wrong)
