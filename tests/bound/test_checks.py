@@ -172,7 +172,7 @@ X = {
     "sparse": (lambda x: x.to_sparse(), TypeError, r"to_dense\(\)"),
     "a number": (lambda x: x[0, 0], ValueError, r"\(N, ...\), got the shape \(\): one image is x\[None\]"),
     "one image": (lambda x: x[0], ValueError, r"got the shape \(12,\): one image is x\[None\]"),
-    "another device": (lambda x: x.to("meta"), ValueError, "images are on meta, the network on cpu"),
+    "no values": (lambda x: x.to("meta"), ValueError, "on the device meta, where they have no values"),
     "no entries": (lambda x: x[:, :0], ValueError, r"images with entries, got the shape \(4, 0\)"),
 }
 
