@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -169,7 +170,7 @@ class Clip(_Thresholds):
     pairs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.low, int | float) or not isinstance(self.high, int | float | Tensor):
+        if not isinstance(self.low, Real) or not isinstance(self.high, Real | Tensor):
             kinds = type(self.low).__name__, type(self.high).__name__
             raise TypeError(f"Clip needs a number, and a number or tensor above it (math.inf: none), got {kinds}")
 

@@ -137,16 +137,18 @@ class PowerIteration:
     ) -> tuple[Tensor, Tensor]:
         """One norm per start vector and the vectors after the run, on the side of the start vectors."""
         # What a product rounds to anyway is kept in that, which saves passes over memory; an ascent's sums need more.
-        dtype = start.dtype if operator.factors is None or self._improve is _ascent else operator.factors
-        given, start = start.dtype, start.to(dtype)
+        ascends, given = self._improve is _ascent, start.dtype
+        dtype = given if operator.factors is None or ascends else operator.factors
+        products, dtype = dtype, torch.promote_types(dtype, torch.float32) if ascends else dtype
+        start = start.to(dtype)
         rows, columns = (None if mask is None else mask.to(dtype) for mask in (rows, columns))
         scaled = operator.scaled
 
         def forward(u: Tensor) -> Tensor:
-            return _switch_off(scaled.apply(u), rows)
+            return _switch_off(scaled.apply(u.to(products)).to(dtype), rows)
 
         def backward(v: Tensor) -> Tensor:
-            return _switch_off(scaled.adjoint(v), columns)
+            return _switch_off(scaled.adjoint(v.to(products)).to(dtype), columns)
 
         with torch.no_grad():
             on_input = start.shape[1:] == operator.input_shape
@@ -165,7 +167,8 @@ class PowerIteration:
                 kept = _kept(v, start)
             scale = operator.scale
             norm = underflow_to_nan(infinite_to_nan((norm * scale).to(scale.dtype)), norm)
-        return _SingularValue.apply(operator.weight, operator, u, v, shrink, norm), kept.to(given)
+        vectors = (vector.to(products) for vector in (u, v, shrink))
+        return _SingularValue.apply(operator.weight, operator, *vectors, norm), kept.to(given)
 
 
 def _power(u: Tensor, v: Tensor, forward: Product, backward: Product) -> tuple[Tensor, Tensor]:

@@ -83,14 +83,18 @@ def rule(*layer_types: type[nn.Module]) -> Callable[[Rule], Rule]:
 
     def register(function: Rule) -> Rule:
         for kind in layer_types:
-            known = _RULES.get(kind, function)
-            if (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
+            if _name(_RULES.get(kind, function)) != _name(function):
                 raise TypeError(f"{kind.__name__} has a rule already; write yours for a subclass of it")
         _RULES.update(dict.fromkeys(layer_types, function))
         _METHODS.update({layer_type: _methods(layer_type) for layer_type in layer_types})
         return function
 
     return register
+
+
+def _name(function: Rule) -> tuple[Any, Any]:
+    """Module and name of a rule, which need not be a plain function."""
+    return getattr(function, "__module__", None), getattr(function, "__qualname__", type(function))
 
 
 def meaning_of(layer: nn.Module, place: Place) -> Meaning:

@@ -1,5 +1,6 @@
 """Every rule: its layer against what it says that the layer is, and what has none."""
 
+import functools
 import re
 
 import pytest
@@ -760,6 +761,7 @@ def test_no_rule_is_replaced_by_accident(scratch_rules):
         rule(Mine, nn.ReLU)(of_mine)
     assert Mine not in rules._RULES
     rule(Mine)(of_mine)
+    rule(type("Other", (nn.Module,), {}))(functools.partial(of_mine))
     rule(Mine)(of_mine)  # as a notebook does that runs a cell again
     with pytest.raises(TypeError, match="Mine has a rule already"):
         rule(Mine)(rules._RULES[nn.Identity])
