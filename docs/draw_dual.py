@@ -15,7 +15,15 @@ from locallip.bound.dual.elementwise import ClippedLine  # noqa: E402
 from locallip.bound.dual.maxima import Terms  # noqa: E402
 from locallip.evaluation.pictures import ATTACK, GLOBAL, INK, LOCAL, drawing  # noqa: E402
 
-NETWORKS = ("mnist-4c3f", "mnist-4c3f-maxmin", "mnist-fast", "cifar10-6c2f-maxmin", "cifar10-fast", "cifar10-best")
+NETWORKS = (
+    "mnist-4c3f",
+    "mnist-4c3f-maxmin",
+    "mnist-fast",
+    "mnist-best",
+    "cifar10-6c2f-maxmin",
+    "cifar10-fast",
+    "cifar10-best",
+)
 
 
 def draw_unit(path: Path) -> None:
