@@ -22,6 +22,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+
+# Imported later, as by torch._dynamo, its default arguments would hold the group that stands then, and gloo's threads
+# would live into the interpreter's end, which can abort then.
+import torch.distributed.nn
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -99,7 +103,7 @@ def _join(device: str) -> None:
 def _leave() -> None:
     global _met
     dist.destroy_process_group()
-    gc.collect()  # what still holds the group would keep its threads into the interpreter's end, which can abort then
+    gc.collect()  # cycles may still hold the group, and with it its threads
     _met = None
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import distributed_worker as worker
 import numpy as np
@@ -303,6 +304,31 @@ def test_evaluation_in_two_processes_prints_one_report(saved_net, tmp_path):
     assert answer.out.count("digits: 9 test images") == 1
     rows = read_csv(tmp_path / "report" / "images.csv")
     assert [int(row["index"]) for row in rows] == list(range(9))
+
+
+THREADS_AFTER_A_GROUP = """
+import pathlib, sys
+sys.path.insert(0, {root!r})
+from locallip import distributed
+
+def names():
+    return [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+
+with distributed.process_group("cpu"):
+    import torch._dynamo
+    distributed.gather(1)
+    during = names()
+assert "gloo" in str(during)
+assert "gloo" not in str(names())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks at threads as Linux shows them")
+def test_no_thread_of_the_connection_outlives_it(tmp_path):
+    """Such a thread may ask for the interpreter while it shuts down, and abort the process."""
+    (tmp_path / "threads.py").write_text(THREADS_AFTER_A_GROUP.format(root=str(ROOT)))
+    answer = launch(2, tmp_path / "threads.py")
+    assert answer.code == 0, answer.err
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
