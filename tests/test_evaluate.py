@@ -12,11 +12,13 @@ import evaluate
 from local_bound import propagate, worst_logits, worst_margin
 from locallip.bound.power_iteration import PowerIteration
 from locallip.checkpoints import load_checkpoint, save_checkpoint
-from locallip.evaluation.certificates import Estimate
+from locallip.evaluation import evaluation
+from locallip.evaluation.certificates import Estimate, Known
 from locallip.evaluation.evaluation import over_radius
+from locallip.evaluation.outcome import MULTIPLES
 from locallip.images import hold_out
 
-MULTIPLES = [0.0, 0.5, 0.75, 1.0, 1.5, 2.0]
+RADII = [0.0, 0.5, 0.75, 1.0, 1.5, 2.0]
 
 
 def test_only_open_images_are_asked_about():
@@ -27,8 +29,8 @@ def test_only_open_images_are_asked_about():
         asked[multiple] = places.tolist()
         return radius[places] >= multiple
 
-    found = over_radius(radius > 0, radius >= 1, answer, MULTIPLES)
-    assert np.array_equal(found, (radius[:, None] >= torch.tensor(MULTIPLES)).numpy() & (radius > 0)[:, None].numpy())
+    found = over_radius(radius > 0, radius >= 1, answer, RADII)
+    assert np.array_equal(found, (radius[:, None] >= torch.tensor(RADII)).numpy() & (radius > 0)[:, None].numpy())
     assert asked == {0.75: [1, 2], 0.5: [1, 2], 1.5: [3, 4, 5, 6], 2.0: [5, 6]}
 
 
@@ -42,6 +44,34 @@ def test_curves_are_made_of_the_first_images_in_whole_batches(wanted, known, dig
     outcome = found.outcome
     for curve in (outcome.pgd_over_radius, outcome.certified_over_radius):
         assert np.isnan(curve).any(axis=1).tolist() == [False] * known + [True] * (60 - known)
+
+
+class Certificate:
+    """Certifies all images, the second half by the dual; the product alone up to epsilon, and not the last one."""
+
+    effort = "dual"
+
+    def __call__(self, x, y, fallen, place=0):
+        ones = torch.ones(len(x))
+        names = ("margin", "worst_margin", "local_bound", "global_bound", "global_radius")
+        shares = {"eliminated_rows": ones[:, None], "eliminated_columns": ones[:, None]}
+        self.last = x[-1]
+        return Known(dict.fromkeys(names, ones) | shares, np.array(["global", "dual"]).repeat(len(x) // 2), {})
+
+    def at(self, x, y, epsilon, effort):
+        if effort == "dual":
+            return torch.full((len(x),), True)
+        return torch.full((len(x),), bool(epsilon < 0.31)) & (x != self.last).flatten(1).any(dim=1)
+
+
+def test_the_curve_of_the_product_says_at_epsilon_what_the_product_can_do(args, digits, tiny_net):
+    """The dual is asked before the best norms, so who decided does not tell."""
+    x, y, _ = next(digits[False][:6].batches(6))
+    (found,) = evaluation.evaluate_batch(tiny_net, x, y, args, [Certificate()], curve=True)
+    by_product = found.outcome.product_over_radius
+    assert by_product[:, MULTIPLES == 1].squeeze(1).tolist() == [1, 1, 1, 1, 1, 0]
+    assert not by_product[:, MULTIPLES > 1].any()
+    assert found.outcome.certified_over_radius.all()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import table as table_script
 import utils
 from locallip.evaluation import pictures, report, table
-from locallip.evaluation.outcome import CERTIFIED_MULTIPLES, PGD_MULTIPLES, Outcome
+from locallip.evaluation.outcome import MULTIPLES, Outcome
 from locallip.evaluation.summary import as_text, summarize, wilson_interval
 from locallip.files import InputError
 
@@ -70,12 +70,13 @@ PROVEN = {"kind": "proven", "failure_probability": 1e-6, "seed": 5, "deployed": 
 def outcome_of(images, certified=1):
     """A made-up evaluation: all images right, the first half kept under PGD, the first few certified."""
     row = np.arange(images)
-    flags = np.column_stack([row < certified] * len(CERTIFIED_MULTIPLES))
+    pgd = row < max(certified, images / 2)
+    flags, kept = (np.column_stack([column] * len(MULTIPLES)) for column in (row < certified, pgd))
     return Outcome(
         label=row % 10,
         prediction=row % 10,
         clean=np.ones(images, bool),
-        pgd=row < max(certified, images / 2),
+        pgd=pgd,
         certified=row < certified,
         decided_by=np.where(row < certified, "global", "open"),
         margin=1.0 + row,
@@ -85,7 +86,7 @@ def outcome_of(images, certified=1):
         global_radius=0.1 + 0.0 * row,
         eliminated_rows=np.full((images, 3), 0.25),
         eliminated_columns=np.full((images, 3), 0.5),
-        pgd_over_radius=np.ones((images, len(PGD_MULTIPLES)), bool),
+        pgd_over_radius=kept,
         certified_over_radius=flags,
         product_over_radius=flags,
     )

@@ -14,7 +14,7 @@ from locallip import distributed
 from locallip.bound.stages import is_by_dual
 from locallip.evaluation.attacks import right
 from locallip.evaluation.certificates import Estimate, Proven
-from locallip.evaluation.outcome import CERTIFIED_MULTIPLES, OPEN, PGD_MULTIPLES, Findings, Outcome
+from locallip.evaluation.outcome import MULTIPLES, OPEN, Findings, Outcome
 from locallip.evaluation.pgd import PGD_CURVE_STEPS, PGD_STEPS, pgd
 from locallip.evaluation.plan import Plan, seed_of
 from locallip.evaluation.progress import progress
@@ -87,7 +87,7 @@ def evaluate_batch(
         "prediction": logits.argmax(dim=1).cpu().numpy(),
         "clean": clean.cpu().numpy(),
         "pgd": survived.cpu().numpy(),
-        "pgd_over_radius": over_radius(clean, survived, survives, PGD_MULTIPLES, curve),
+        "pgd_over_radius": over_radius(clean, survived, survives, MULTIPLES, curve),
     }
     fallen = clean & ~survived
     return [_findings(attacked, x, y, fallen, args, certificate, place, curve) for certificate in certificates]
@@ -108,14 +108,17 @@ def _findings(
         return certificate.at(x[places], y[places], multiple * args.epsilon, effort)
 
     def over(effort: str, at_epsilon: Tensor) -> np.ndarray:
-        return over_radius(right_at_x, at_epsilon, partial(certifies, effort=effort), CERTIFIED_MULTIPLES, curve)
+        return over_radius(right_at_x, at_epsilon, partial(certifies, effort=effort), MULTIPLES, curve)
 
     known = certificate(x, y, fallen, place)
     found = known.columns
     found["certified"] = found["worst_margin"] > 0
     right_at_x = found["margin"] > 0
     by_dual = torch.tensor([is_by_dual(name) for name in known.certified_by], device=x.device)
-    curves = {"product_over_radius": over("product", found["certified"] & ~by_dual)}
+    by_product = found["certified"] & ~by_dual
+    if curve:  # the dual comes before the best norms
+        by_product |= ask(found["certified"] & by_dual, partial(certifies, multiple=1, effort="product"))
+    curves = {"product_over_radius": over("product", by_product)}
     is_all = certificate.effort == "product"
     curves["certified_over_radius"] = curves["product_over_radius"] if is_all else over("dual", found["certified"])
     columns = {name: column.cpu().numpy() for name, column in found.items()}

@@ -6,9 +6,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-# The curves over the radius: multiples of epsilon for the certificate, and for PGD between 0 and epsilon and beyond.
-CERTIFIED_MULTIPLES = np.linspace(0, 2, 9)
-PGD_MULTIPLES = np.array([0.5, 1.5, 2.0])
+# The curves over the radius: multiples of epsilon. All have the same, so that no certificate is drawn above an attack.
+MULTIPLES = np.linspace(0, 2, 9)
 # What nothing decided.
 OPEN = "open"
 
@@ -30,8 +29,8 @@ class Outcome:
     global_radius: np.ndarray  # (N,) radius that the global bound certifies, 0 where x is misclassified
     eliminated_rows: np.ndarray  # (N, L) share of the rows of every linear layer but the last that is switched off
     eliminated_columns: np.ndarray  # (N, L) the same of its columns
-    pgd_over_radius: np.ndarray  # (N, R) 0 or 1 at PGD_MULTIPLES, NaN where it was not asked
-    certified_over_radius: np.ndarray  # (N, R) the same at CERTIFIED_MULTIPLES
+    pgd_over_radius: np.ndarray  # (N, R) 0 or 1 at MULTIPLES, NaN where it was not asked
+    certified_over_radius: np.ndarray  # (N, R) the same of the certificate
     product_over_radius: np.ndarray  # (N, R) the same by the product of norms alone
 
     def is_open(self) -> int:

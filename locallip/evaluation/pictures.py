@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from locallip.dependencies import forget_parts
-from locallip.evaluation.outcome import CERTIFIED_MULTIPLES, PGD_MULTIPLES, Outcome
+from locallip.evaluation.outcome import MULTIPLES, Outcome
 from locallip.evaluation.summary import ratio
 from locallip.files import write_atomically
 
@@ -68,22 +68,20 @@ def _import_matplotlib() -> ModuleType:
 def certified_over_radius(axes: Axes, outcome: Outcome, epsilon: float) -> None:
     """Draw clean, PGD and certified accuracy over the radius, of the images that were asked about at all radii."""
     outcome = outcome.take(~np.isnan(outcome.certified_over_radius).any(axis=1))
-    end = CERTIFIED_MULTIPLES[-1] * epsilon or 1.0
+    end = MULTIPLES[-1] * epsilon or 1.0
     fine = np.linspace(0, end, 400)
     by_global = 100 * (outcome.global_radius[None, :] > fine[:, None]).mean(axis=1)
-    attacked = {0.0: outcome.clean, 1.0: outcome.pgd} | dict(zip(PGD_MULTIPLES, outcome.pgd_over_radius.T))
-    multiples = sorted(attacked)
     clean = 100 * outcome.clean.mean()
     axes.axhline(clean, color=INK, linewidth=1.2, linestyle=":", label="clean")
     axes.plot(
-        [m * epsilon for m in multiples],
-        [100 * attacked[m].mean() for m in multiples],
+        MULTIPLES * epsilon,
+        100 * outcome.pgd_over_radius.mean(axis=0),
         color=ATTACK,
         marker="v",
         label="under PGD",
     )
     axes.plot(
-        CERTIFIED_MULTIPLES * epsilon,
+        MULTIPLES * epsilon,
         100 * outcome.certified_over_radius.mean(axis=0),
         color=LOCAL,
         linewidth=2.4,
@@ -91,12 +89,12 @@ def certified_over_radius(axes: Axes, outcome: Outcome, epsilon: float) -> None:
     )
     if not np.array_equal(outcome.certified_over_radius, outcome.product_over_radius):
         axes.plot(
-            CERTIFIED_MULTIPLES * epsilon,
+            MULTIPLES * epsilon,
             100 * outcome.product_over_radius.mean(axis=0),
             color=LOCAL,
             linewidth=1.4,
             linestyle="-.",
-            label="by the product of local norms",
+            label="by the product of norms",
         )
     axes.plot(fine, by_global, color=GLOBAL, linewidth=1.8, linestyle="--", label="by the global bound")
     axes.axvline(epsilon, color=INK, linewidth=0.8, alpha=0.4)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from locallip.evaluation.outcome import CERTIFIED_MULTIPLES
+from locallip.evaluation.outcome import MULTIPLES
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Plan:
     def questions(self) -> int:
         """How many times a certificate is asked about an image at a radius, at most."""
         in_curve = sum(self.size(place) for place in range(len(self)) if self.has_curve(place))
-        return self.images + 2 * len(CERTIFIED_MULTIPLES) * in_curve  # the curves of the product and of all stages
+        return self.images + 2 * len(MULTIPLES) * in_curve  # the curves of the product and of all stages
 
 
 def seed_of(seed: int, place: int) -> int:
