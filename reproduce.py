@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -251,9 +252,13 @@ def _run(run: utils.Run, words: list[str]) -> None:
     here = [str(ROOT / word) if word in (run.recipe.train, run.recipe.evaluate) else word for word in words]
     # Where processes are several, the package starts them, from whatever folder.
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    code = subprocess.run([sys.executable, *here], check=False, env=os.environ | {"PYTHONPATH": paths}).returncode
+    with subprocess.Popen([sys.executable, *here], env=os.environ | {"PYTHONPATH": paths}) as script:
+        # Whoever stops this process means the script.
+        before = signal.signal(signal.SIGTERM, lambda *_: script.terminate())
+        code = script.wait()
+        signal.signal(signal.SIGTERM, before)
     if code:
-        sys.exit(code if code > 0 else 1)
+        sys.exit(code if code > 0 else 128 - code)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ run_recipe() {
     local line
     line=$(recipes command "$job" "$@")
     set_up
-    eval "\"\$PYTHON\" $line"
+    eval "exec \"\$PYTHON\" $line"
 }
 
 demo() {
@@ -79,22 +79,22 @@ case $job in
     demo)
         [ $# -eq 0 ] || { echo "error: the demo takes no arguments; train_mnist.py and evaluate.py do" >&2; exit 2; }
         set_up; demo ;;
-    test) set_up; "$PYTHON" -m pytest "$@" ;;
-    test-oldest) unset PYTHON; set_up .venv-oldest requirements-oldest.txt; "$PYTHON" -m pytest "$@" ;;
-    falsify) need_prefix "$@"; set_up; "$PYTHON" falsify.py --out results/falsify --saved_model "$@" ;;
-    reproduce) set_up; "$PYTHON" reproduce.py "$@" ;;
-    bench) set_up; "$PYTHON" benchmarks/training_step.py "$@" ;;
+    test) set_up; exec "$PYTHON" -m pytest "$@" ;;
+    test-oldest) unset PYTHON; set_up .venv-oldest requirements-oldest.txt; exec "$PYTHON" -m pytest "$@" ;;
+    falsify) need_prefix "$@"; set_up; exec "$PYTHON" falsify.py --out results/falsify --saved_model "$@" ;;
+    reproduce) set_up; exec "$PYTHON" reproduce.py "$@" ;;
+    bench) set_up; exec "$PYTHON" benchmarks/training_step.py "$@" ;;
     bench-proof)
         set_up
         if [[ ${1:--} != -* ]]; then set -- --saved_model "$@"; fi
-        "$PYTHON" benchmarks/certification.py "$@" ;;
+        exec "$PYTHON" benchmarks/certification.py "$@" ;;
     bench-rivals)
         if [ -z "${PYTHON:-}" ]; then
             set_up .venv-rivals benchmarks/requirements-rivals.txt
             "$PYTHON" -m pip install --quiet --no-deps auto_LiRPA==0.3
         fi
-        "$PYTHON" benchmarks/rivals.py "$@" ;;
-    table) set_up; "$PYTHON" table.py "$@" ;;
+        exec "$PYTHON" benchmarks/rivals.py "$@" ;;
+    table) set_up; exec "$PYTHON" table.py "$@" ;;
     tinyimagenet-data) fetch=$PWD/TinyImagenet/data/tinyimagenet.sh; cd "$called_from"; bash "$fetch" "$@" ;;
     help | -h | --help) list_jobs ;;
     *) run_recipe "$@" ;;

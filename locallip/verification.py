@@ -189,7 +189,7 @@ def verify(
         refuse_whole_number("the seed", seed, 0)
     if clip is not None:
         refuse_clip(clip, x)
-    graph, first = in_float64(model, x), x[:1].double()
+    graph, first = in_float64(model, x, batch_size), x[:1].double()
     kept = KEPT if seed is None else None  # a seed repeats all norms
     norms = proven_norms(graph, first, len(x), failure_probability, seed=seed, kept=kept)
     stages = proof_stages(graph, first, norms, effort)

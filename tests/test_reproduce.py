@@ -2,11 +2,17 @@
 
 import copy
 import json
+import os
+import signal
+import sys
+import time
 
 import pytest
 from conftest import TINY, spawn
+from forks import Fork
 
 import reproduce
+import runs
 import utils
 from locallip.files import InputError
 from locallip.training.pace import seconds_per_epoch
@@ -118,3 +124,21 @@ def test_a_flag_that_is_given_again_counts_once():
     assert reproduce._once(["a.py", "--seed", "1", "--seed=2", "--seed", "3"]) == ["a.py", "--seed", "3"]
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "evaluate.py", "--images", "5"]
     assert reproduce._once(several) == several
+
+
+def run_a_script():
+    reproduce._run(runs.RUNS[0], sys.argv[1:])
+
+
+def test_whoever_stops_it_stops_the_training_too(tmp_path):
+    script, pid = tmp_path / "script.py", tmp_path / "pid"
+    script.write_text(
+        f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\ntime.sleep(600)"
+    )
+    process = Fork(run_a_script, script)
+    while not (pid.exists() and pid.read_text()) and process.is_alive():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.end().code == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)

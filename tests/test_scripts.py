@@ -129,6 +129,16 @@ def run_job(tmp_path):
     return run
 
 
+@pytest.mark.parametrize("job", [["table"], ["test"], ["reproduce", "mnist-4c3f"], ["mnist-4c3f"], ["falsify", "net"]])
+def test_a_job_is_the_script_so_that_whoever_stops_one_stops_the_other(job, tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text("#!/bin/sh\necho $$\n")
+    stub.chmod(0o755)
+    command, environment = ["bash", ROOT / "run_job.sh", *job], os.environ | {"PYTHON": str(stub)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.communicate()[0].splitlines()[-1] == str(process.pid)
+
+
 @pytest.mark.parametrize("arguments", [[], ["help"], ["--help"]])
 def test_without_a_job_all_jobs_are_listed(run_job, arguments):
     answer = run_job(*arguments)

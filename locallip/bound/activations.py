@@ -123,10 +123,7 @@ class Elementwise(Activation):
         return self.function(x.clone())
 
     def varying(self, lower: Tensor, upper: Tensor) -> Tensor:
-        varying = self.can_vary(lower, upper)
-        if not isinstance(varying, Tensor):
-            raise TypeError(f"`can_vary` must return a bool tensor {tuple(lower.shape)}, got {type(varying).__name__}")
-        return varying
+        return self.can_vary(lower, upper)
 
 
 class _Thresholds(Activation):

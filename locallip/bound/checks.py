@@ -129,11 +129,21 @@ def refuse_classes(classes: int) -> None:
 def refuse_certificate(certificate: Any) -> None:
     """Refuse what is neither the name of a certificate nor an object that answers for norms."""
     if not isinstance(certificate, str):
-        if not all(hasattr(certificate, name) for name in ("arithmetic", "local_ball", "whole", "masked")):
+        if not _answers_for_norms(certificate):
             what = type(certificate).__name__
             raise TypeError(f"the certificate must be 'proven', 'estimate' or an object such as `Norms`, got {what}")
     elif certificate not in ("proven", "estimate"):
         raise ValueError(f"the certificate must be 'proven' or 'estimate', got '{certificate}'")
+
+
+def refuse_norms(norms: Any) -> None:
+    """Refuse what does not answer for norms."""
+    if not _answers_for_norms(norms):
+        raise TypeError(f"need norms such as PowerIteration(5), got {type(norms).__name__}")
+
+
+def _answers_for_norms(value: Any) -> bool:
+    return all(hasattr(value, name) for name in ("arithmetic", "local_ball", "whole", "masked"))
 
 
 def refuse_probability(probability: Any) -> None:
@@ -168,6 +178,14 @@ def refuse_clip(clip: Any, x: Tensor) -> None:
         raise ValueError(f"clip must be the smallest and the largest value of a valid image, got {clip}")
     if ((x < low) | (x > high)).any():
         raise ValueError(f"an image has values outside of {clip}")
+
+
+def refuse_mask(mask: Any, x: Tensor, whose: str) -> None:
+    """Refuse what is no bool tensor with an entry for each of x: other numbers would pick rows, not switch them off."""
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == x.shape:
+        return
+    got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+    raise TypeError(f"{whose} must tell what can vary by a bool tensor {tuple(x.shape)}, got {got}")
 
 
 def refuse_width(layer: nn.Module, position: int | str, shape: torch.Size) -> None:

@@ -41,7 +41,7 @@ from locallip.bound.rules import (
 from locallip.bound.seen import first_line
 from locallip.bound.tensors import same
 
-# How many images a graph and its network are compared on.
+# How many images a graph and its network are compared on before anything is asked.
 _COMPARED = 8
 # The same of random ones: another number, so that what moves images about is seen, and no two entries are equal.
 _RANDOM = 5
@@ -116,7 +116,7 @@ class Graph:
             nodes.append(Node(free_name("logits", nodes), _identity(run.shape[0], x), (before,), run.shape))
         kept = tuple((tensor, tensor.detach().clone()) for tensor in run.roots)
         graph = cls(tuple(nodes[:-1]), nodes[-1], x.shape[1:], kept, run.computes)
-        graph.refuse_if_unlike(model, x)
+        graph.refuse_if_unlike(model, x[:_COMPARED])
         return graph
 
     def consumers(self) -> Counter[Position | None]:
@@ -195,7 +195,7 @@ class Graph:
         return last.affine(before), own + reach.clamp(max=1)
 
     def refuse_if_unlike(self, model: nn.Module, x: Tensor) -> None:
-        """Compare with the network itself on the first images of x (N, ...), and with gradients on some random ones.
+        """Compare with the network itself on images x (N, ...), and with gradients on some random ones.
 
         Raises:
             TypeError: where their logits differ by more than rounding does, or the network fails.
@@ -206,7 +206,7 @@ class Graph:
         gradients = not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
         with torch.inference_mode(False):
             if len(x):
-                self._refuse_if_unlike(model, x[:_COMPARED], gradients=False)
+                self._refuse_if_unlike(model, x, gradients=False)
             self._refuse_if_unlike(model, others, gradients)
 
     def _refuse_if_unlike(self, model: nn.Module, x: Tensor, gradients: bool) -> None:
@@ -231,7 +231,8 @@ class Graph:
         if unlike.any():
             raise TypeError(
                 "the network gives other logits than its layers and calls as they were read: something in it depends "
-                "on chance, on earlier calls or on values, or is replaced; a certificate would be for another function"
+                "on chance, on earlier calls, on how many images there are or on values, or is replaced; a certificate "
+                "would be for another function"
             )
 
 

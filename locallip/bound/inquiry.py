@@ -18,6 +18,7 @@ from locallip.bound.pieces import images_at_a_time, in_pieces
 from locallip.bound.power_iteration import PowerIteration
 from locallip.bound.proof import LANCZOS_STEPS, proven_norms
 from locallip.bound.proven_norms import ProvenNorms
+from locallip.bound.seen import first_line
 
 # Power iterations of an estimate.
 ESTIMATE_ITERATIONS = 1000
@@ -75,37 +76,50 @@ def prepare(
     """What a certificate of that name asks about checked images, good for so many radii."""
     at_a_time = images_at_a_time(graph, x)
     if certificate == "proven":
-        graph = in_float64(model, x)
+        graph = in_float64(model, x, at_a_time)
         # One more radius for the last layer's norms.
         norms = proven_norms(graph, x[:1].double(), len(x), failure_probability, radii + 1, kept=KEPT)
         return Inquiry(graph, norms.with_steps(LANCZOS_STEPS[-1]), torch.float64, at_a_time, fresh=True)
-    graph.refuse_if_unlike(model, x)
+    graph.refuse_if_unlike(model, x[:at_a_time])
     if certificate == "estimate":
         return Inquiry(graph, PowerIteration(ESTIMATE_ITERATIONS), x.dtype, at_a_time, fresh=True)
     at_a_time = at_a_time if isinstance(certificate, ProvenNorms) else max(1, len(x))
     return Inquiry(graph, certificate, x.dtype, at_a_time, fresh=False)
 
 
-def in_float64(model: nn.Module, x: Tensor) -> Graph:
+def in_float64(model: nn.Module, x: Tensor, at_a_time: int) -> Graph:
     """The graph of a copy of a network in float64, for images x (N, ...) in any precision.
+
+    at_a_time: how many images both are compared on.
 
     Raises:
         TypeError: as `Graph.of`, and where the network gives other logits than its graph.
     """
     with torch.inference_mode(False):
         graph = Graph.of(_copied(model).double(), x.double())
-    graph.refuse_if_unlike(model, x.double())
+    graph.refuse_if_unlike(model, x[:at_a_time].double())
     return graph
 
 
 def _copied(model: nn.Module) -> nn.Module:
+    """A copy that shares nothing with the network, which stays as it is.
+
+    Raises:
+        TypeError: if it has none.
+    """
     try:
         with torch.inference_mode(False):
-            return copy.deepcopy(model)
-    except RuntimeError as error:
-        if "deepcopy protocol" not in str(error):
-            raise
-        raise TypeError(
-            "the network cannot be copied: it keeps a tensor that was computed from weights as an attribute; compute "
-            "it in forward, or keep tensor.detach()"
-        ) from error
+            copied = copy.deepcopy(model)
+    except Exception as error:  # whatever a user's attributes raise
+        why = first_line(error)
+        if "deepcopy protocol" in why:
+            why = "it keeps a tensor that was computed from weights as an attribute; compute it in forward, or keep "
+            why += "tensor.detach()"
+        raise TypeError(f"the network cannot be copied: {why}") from error
+    if not isinstance(copied, nn.Module) or _parts(copied) & _parts(model):
+        raise TypeError("the network cannot be copied: a __deepcopy__ in it gives the original, or no module")
+    return copied
+
+
+def _parts(model: nn.Module) -> set[int]:
+    return {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}

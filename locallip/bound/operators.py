@@ -162,14 +162,15 @@ class LinearOperator(ABC):
 
 
 class Dense(LinearOperator):
-    """A matrix. weight: (H_out, H_in), bias: (H_out,) or None."""
+    """A matrix. weight: (H_out, H_in), bias: (H_out,), or (1,) for all, or None."""
 
     norm_bound_is_exact = True
     told_by_weight = True
 
     def __init__(self, weight: Tensor, bias: Tensor | None, position: Position):
-        self.weight, self.bias, self.position = weight, bias, position
         self.output_shape, self.input_shape = weight.shape[:1], weight.shape[1:]
+        is_one = bias is not None and bias.shape != self.output_shape
+        self.weight, self.bias, self.position = weight, bias.expand(self.output_shape) if is_one else bias, position
 
     @classmethod
     def of(cls, layer: nn.Linear, position: Position) -> Dense:

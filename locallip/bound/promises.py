@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from locallip.bound.activations import Activation
+from locallip.bound.checks import refuse_mask
 from locallip.bound.norms import Arithmetic
 from locallip.bound.operators import LinearOperator
 from locallip.bound.power_iteration import PowerIteration
@@ -231,6 +232,7 @@ class _RuleCheck:
         points = region.lower + share * (region.upper - region.lower)  # (S, N, ...) inside, and corners
         outputs = _each(activation, points)
         behind, varying = activation.behind(region, fuse=False)
+        refuse_mask(varying, behind.center, describe(0, self.layer))
         inside = (behind.lower - 1e-12 <= outputs) & (outputs <= behind.upper + 1e-12)
         self.require(inside, "an output leaves the box that the rule puts behind the layer")
         constant = (outputs == outputs[0]).all(dim=0)

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from torch.nn.modules import module as hooks_of_all
 from torch.nn.utils import parametrize
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from locallip.bound.checks import refuse_model
 from locallip.bound.nodes import Obstacle, Refusal
 from locallip.bound.reading_modules import reads
-from locallip.bound.replaced import replacements
+from locallip.bound.replaced import replaced_functions, replacements
 from locallip.bound.rules import describe
 
 _WRAPPERS = {
@@ -37,6 +39,12 @@ def refuse_what_computes_otherwise(model: nn.Module) -> None:
 
 
 def _of_all_modules() -> Iterator[Obstacle]:
+    for name in replaced_functions():
+        yield Obstacle(f"{name} is another function than when locallip was imported", "put the original back")
+    for mode in _get_current_function_mode_stack():
+        if not isinstance(mode, DeviceContext):
+            kind = type(mode).__name__
+            yield Obstacle(f"the mode {kind} is active, which can change what functions compute", "leave it first")
     hooks = (*hooks_of_all._global_forward_hooks.values(), *hooks_of_all._global_forward_pre_hooks.values())
     if not all(map(reads, hooks)):
         yield Obstacle(

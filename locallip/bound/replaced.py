@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import BuiltinFunctionType, FunctionType
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
 from locallip.bound.nodes import Obstacle
 from locallip.bound.rules import METHODS, class_is_patched, has_rule
 
+# What layers compute by. PyTorch's own in C are all that matters of `torch`: others are made of them.
+_FUNCTIONS = [
+    (module, name, function)
+    for module in (F, torch._C._nn, torch)
+    for name, function in vars(module).items()
+    if isinstance(function, BuiltinFunctionType) or (module is F and isinstance(function, FunctionType))
+]
 _REMOVED_BY = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
 # PyTorch's own modules that training mode changes.
 _IN_TRAINING_OTHERWISE = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+
+
+def replaced_functions() -> Iterator[str]:
+    """Names of functions that layers compute by, and that somebody has put another one in place of."""
+    for module, name, function in _FUNCTIONS:
+        if getattr(module, name, None) is not function:
+            yield f"{module.__name__}.{name}"
 
 
 def replacements(where: str, module: nn.Module) -> Iterator[Obstacle]:

@@ -6,9 +6,11 @@ The rules for PyTorch's layers, and for those of `layers`, are in `linear_rules`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
@@ -97,6 +99,10 @@ def _name(function: Rule) -> tuple[Any, Any]:
     return getattr(function, "__module__", None), getattr(function, "__qualname__", type(function))
 
 
+def _is_ours(function: Rule) -> bool:
+    return str(_name(function)[0]).partition(".")[0] == __name__.partition(".")[0]
+
+
 def meaning_of(layer: nn.Module, place: Place) -> Meaning:
     """What a layer is.
 
@@ -115,7 +121,25 @@ def meaning_of(layer: nn.Module, place: Place) -> Meaning:
         )
     if isinstance(meaning, LinearOperator):
         refuse_no_outputs(layer, place.position, place.shape, meaning.output_shape)
+    if isinstance(meaning, Activation):
+        _refuse_numbers(layer, place, meaning)
+    if isinstance(meaning, Reshape) and not _is_ours(_RULES[type(layer)]):
+        _refuse_reordering(layer, place, meaning)
     return meaning
+
+
+def _refuse_numbers(layer: nn.Module, place: Place, activation: Activation) -> None:
+    """Refuse constants that would make boxes and balls smaller than nothing."""
+    known = {name: getattr(activation, name) for name in ("lipschitz", "rounding", "relative_rounding")}
+    for name, number in known.items():
+        if not isinstance(number, Tensor | None) and not (isinstance(number, Real) and 0 <= number < math.inf):
+            refuse(place, layer, f"its rule must give a finite {name} of 0 or more, and gives {number}")
+
+
+def _refuse_reordering(layer: nn.Module, place: Place, reshape: Reshape) -> None:
+    places = torch.arange(place.shape.numel())
+    if not torch.equal(reshape.function(places.view(1, *place.shape)).flatten(), places):
+        refuse(place, layer, "its rule calls it a Reshape, which keeps entries and their order; make it an operator")
 
 
 def has_rule(layer: nn.Module) -> bool:

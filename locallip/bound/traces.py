@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from locallip.bound.operators import Position
@@ -18,11 +19,11 @@ class ChangedInPlaceError(Exception):
 
 @dataclass(frozen=True)
 class _Traced:
-    """A tensor of the run: kept, so that its identity is its own, with its version, which changes in place."""
+    """A tensor of the run: kept, so that its identity is its own, with what changes when its numbers do."""
 
     tensor: Tensor
     position: Position | None
-    version: int | None
+    state: tuple[int | None, int]
 
 
 class Traces:
@@ -34,7 +35,7 @@ class Traces:
 
     def trace(self, tensor: Tensor, position: Position | None) -> None:
         """Note that a tensor comes from the images, as the output of a node."""
-        self._traced[id(tensor)] = _Traced(tensor, position, version(tensor))
+        self._traced[id(tensor)] = _Traced(tensor, position, _state(tensor))
 
     def depends(self, value: Any) -> bool:
         """Whether a value is a tensor that comes from the images."""
@@ -47,7 +48,7 @@ class Traces:
             ChangedInPlaceError: where it is no longer what that has given.
         """
         known = self._traced[id(tensor)]
-        if known.version != version(tensor):
+        if known.state != _state(tensor):
             raise ChangedInPlaceError
         return known.position
 
@@ -67,6 +68,12 @@ class Traces:
         """Whether any of the tensors was computed and has numbers of its own, and not those of what it comes from."""
         computed = [self._computed[id(tensor)] for tensor in tensors if id(tensor) in self._computed]
         return any(_memory(tensor) not in map(_memory, roots) for tensor, roots in computed)
+
+
+def _state(tensor: Tensor) -> tuple[int | None, int]:
+    """What changes in place, and by `torch.utils.swap_tensors`."""
+    with torch._C.DisableTorchFunction():
+        return version(tensor), tensor._cdata
 
 
 def _memory(tensor: Tensor) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from locallip.bound.activations import Activation
 from locallip.bound.bound import Bound, HiddenLayer
-from locallip.bound.checks import refuse_epsilon, refuse_images, refuse_model
+from locallip.bound.checks import refuse_epsilon, refuse_images, refuse_mask, refuse_model, refuse_norms
 from locallip.bound.graph import Graph
 from locallip.bound.joins import Join
 from locallip.bound.nodes import IMAGES
@@ -70,6 +70,7 @@ def propagate(
         refuse_model(model)
     refuse_images(x, model)
     refuse_epsilon(epsilon, x)
+    refuse_norms(norms)
     epsilon = torch.as_tensor(epsilon, dtype=x.dtype, device=x.device).expand(len(x))
     if clip is not None and ((x < clip[0]) | (x > clip[1])).any():
         raise ValueError(f"an image has values outside of {clip}")
@@ -176,6 +177,8 @@ class _Walk:
         if self._sparsity is not None:
             self._sparsity = self._sparsity + activation.slack(state.region, self.sparse_threshold)
         region, varying = activation.behind(state.region, self._fused)
+        if varying is not None:
+            refuse_mask(varying, region.center, f"{type(activation).__name__} at position {position}")
         if region.center.shape != state.region.center.shape:
             self._layers = None  # the dual knows no such activation
         state = self._stretched(state, activation)

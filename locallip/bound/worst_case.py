@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from locallip.bound.bound import Bound
+from locallip.bound.checks import refuse_labels, refuse_whole_number
 from locallip.bound.operators import Dense
 
 
@@ -19,7 +20,17 @@ def worst_logits(bound: Bound, y: Tensor, rounds: int = 1) -> Tensor:
     underflows, a bound that allows for no rounding is NaN. In float32 for a bound in half precision.
 
     y: (N,) labels. rounds: how often entries that leave the box are pinned to its face.
+
+    Raises:
+        TypeError, ValueError: for labels that are not (N,) int64 or name no class, or rounds below 0 (see `checks`).
     """
+    refuse_labels(y, bound.logits, len(bound.last.weight))
+    refuse_whole_number("the number of rounds", rounds, 0)
+    return unchecked_worst_logits(bound, y, rounds)
+
+
+def unchecked_worst_logits(bound: Bound, y: Tensor, rounds: int = 1) -> Tensor:
+    """Do what `worst_logits` does where nothing has to be refused any more, so that no value is looked at."""
     images, classes = len(y), len(bound.last.weight)
     images_at_once, classes_at_once = _at_once(bound)
     if (images <= images_at_once and classes <= classes_at_once) or torch.is_grad_enabled():

@@ -85,6 +85,8 @@ def certified_over_radius(axes: Axes, outcome: Outcome, epsilon: float) -> None:
         100 * outcome.certified_over_radius.mean(axis=0),
         color=LOCAL,
         linewidth=2.4,
+        marker="o",
+        markersize=4,
         label="certified",
     )
     if not np.array_equal(outcome.certified_over_radius, outcome.product_over_radius):
@@ -109,20 +111,20 @@ def local_over_global(axes: Axes, outcome: Outcome, epsilon: float) -> None:
     shares = ratio(outcome)
     shares = shares[np.isfinite(shares)]
     axes.hist(shares, bins=np.linspace(0, max(1.0, shares.max(initial=0)), 51), color=LOCAL)
-    median = float(np.median(shares)) if len(shares) else 0.0
-    axes.axvline(median, color=INK, linewidth=1)
-    axes.annotate(
-        f"median {median:.3f}",
-        (median, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(-6, -12),
-        textcoords="offset points",
-        ha="right",
-        fontsize=9,
-        color=INK,
-    )
+    if len(shares):
+        median = float(np.median(shares))
+        axes.axvline(median, color=INK, linewidth=1)
+        place = {"xycoords": ("data", "axes fraction"), "xytext": (-6, -12), "textcoords": "offset points"}
+        axes.annotate(f"median {median:.3f}", (median, 1), **place, ha="right", fontsize=9, color=INK)
+    else:
+        _say_nothing_to_draw(axes, "no image's local bound is smaller than the global one")
     axes.set(xlim=(0, None), xlabel="local / global Lipschitz bound", ylabel="images")
     axes.set_title(f"How much smaller the local bound is at ε = {epsilon:.4g}", loc="left", fontsize=11)
+
+
+def _say_nothing_to_draw(axes: Axes, why: str) -> None:
+    axes.set(yticks=[])
+    axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", color=INK, fontsize=10)
 
 
 def eliminated(axes: Axes, outcome: Outcome, epsilon: float) -> None:
@@ -163,6 +165,8 @@ def bound_over_attained(axes: Axes, product: np.ndarray, dual: np.ndarray, epsil
         if len(ratios):
             shares = 100 * np.arange(1, len(ratios) + 1) / len(ratios)
             axes.step(ratios, shares, color=color, linewidth=2, where="post", label=label)
+    if not axes.lines:
+        _say_nothing_to_draw(axes, "no certified image whose margin an attack lowers")
     axes.axvline(1, color=ATTACK, linewidth=1.2, linestyle=":", label="attained by an attack")
     axes.set(
         xlim=(0.95, None), ylim=(0, 100), xlabel="bound on the drop / attained drop", ylabel="certified images (%)"

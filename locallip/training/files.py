@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,28 +73,36 @@ class RunFiles:
 
 
 def best_epoch(rows: Sequence[Mapping[str, Any]]) -> int:
-    """Number of the epoch with the smallest certified error on the validation set, the first of several.
+    """Number of the epoch with the smallest certified error on the validation set.
+
+    Of several that with the smallest clean error, and of these the first.
 
     Raises:
         ValueError, TypeError, KeyError: if these are no rows of a log.
     """
     if len({tuple(row) for row in rows}) != 1:
         raise ValueError("its rows have different columns, or there are none")
-    return min(rows, key=smallest_error)["epoch"]
+    return min(rows, key=lambda row: errors(row, better(row)))["epoch"]
 
 
-def smallest_error(row: Mapping[str, Any]) -> float:
-    """The certified error on the validation set, of the weights or of their average where that is smaller."""
-    return min(row["validation_certified_error"], row.get("averaged_certified_error", math.inf))
+def better(row: Mapping[str, Any]) -> str:
+    """Who has the smaller errors on the validation set: `validation`, the weights, or `averaged`, their average."""
+    names = [name for name in ("validation", "averaged") if f"{name}_certified_error" in row]
+    return min(names, key=lambda name: errors(row, name))  # of equals the weights
+
+
+def errors(row: Mapping[str, Any], name: str) -> tuple[float, float]:
+    """The certified and the clean error of the weights or of their average: what is best is smallest in this order."""
+    return row[f"{name}_certified_error"], row[f"{name}_clean_error"]
 
 
 def _better_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The last epoch in the published layout, with the weights or their average, whichever have the smaller error."""
     published = {name: checkpoint[name] for name in ("state_dict", "err", "epoch", "arguments")}
     row = checkpoint["rows"][-1]
-    if smallest_error(row) == row["validation_certified_error"]:
+    if better(row) == "validation":
         return published
-    return published | {"state_dict": checkpoint["averaged"]["state_dict"], "err": smallest_error(row)}
+    return published | {"state_dict": checkpoint["averaged"]["state_dict"], "err": row["averaged_certified_error"]}
 
 
 def _holds(path: Path, checkpoint: Mapping[str, Any]) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from locallip.checkpoints import find_checkpoint, load_checkpoint, load_weights
 from locallip.files import InputError, ScriptError, check_writable, exists
 from locallip.images import Augmentation, ImageSet
 from locallip.training.averaging import AveragedModel
-from locallip.training.files import RunFiles, best_epoch, smallest_error
+from locallip.training.files import RunFiles, best_epoch, better, errors
 from locallip.training.optimizers import OPTIMIZERS, set_rate
 from locallip.training.recording import RecordedStep, ahead, in_cuda_graph
 from locallip.training.resuming import own_shuffle, refuse_other_arguments
@@ -96,7 +95,6 @@ class _Run:
         self.optimizer = OPTIMIZERS[args.optimizer](model, args.lr, products)
         self.averaged = AveragedModel(model, args.ema) if args.ema else None
         self.epoch = 0
-        self.best_error = math.inf
         self.rows: list[dict[str, Any]] = []
         self.images = distributed.gather(len(training_set))
         self.batches = count_batches(self.images, args.batch_size)
@@ -168,7 +166,9 @@ class _Run:
                 row = self._train_epoch(epoch, bar) | self._validate(self._has_box(epoch))
                 row["seconds"] = round(time.perf_counter() - started, 2)
                 self._finish_epoch(epoch, row)
-        distributed.say(f"best certified error {self.best_error:.2%}: {self.files.best}")
+        distributed.say(f"best certified error {self._best_error():.2%}: {self.files.best}")
+        if self._best_error() == 1:
+            distributed.say(f"nothing was certified at --epsilon {args.epsilon:.4g}; a smaller one tells epochs apart")
 
     def _has_box(self, epoch: int) -> bool:
         return epoch >= self.args.global_epochs
@@ -233,8 +233,7 @@ class _Run:
             raise TrainingDiverged(f"a weight is not finite after epoch {epoch + 1}; {self._left()}")
         self.epoch = epoch + 1
         self.rows.append(row)
-        is_best = smallest_error(row) < self.best_error
-        self.best_error = min(smallest_error(row), self.best_error)
+        is_best = best_epoch(self.rows) == self.epoch
         shuffles = torch.stack(distributed.gather(self.shuffle.get_state()))
         with distributed.all_or_none():
             if distributed.is_main():
@@ -252,7 +251,7 @@ class _Run:
         return published | {
             "arguments": vars(self.args),
             "optimizer": self.optimizer.state_dict(),
-            "best_error": self.best_error,
+            "best_error": self._best_error(),
             "global_vectors": self.norms.global_vectors,
             "shuffle": shuffles,  # one row per process
             "rows": self.rows,
@@ -280,8 +279,7 @@ class _Run:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.norms.global_vectors = {p: v.to(self.device) for p, v in checkpoint["global_vectors"].items()}
             self.shuffle.set_state(own_shuffle(checkpoint["shuffle"]))
-            self.epoch, self.best_error = int(checkpoint["epoch"]), float(checkpoint["best_error"])
-            self.rows = list(checkpoint["rows"])
+            self.epoch, self.rows = int(checkpoint["epoch"]), list(checkpoint["rows"])
             best_epoch(self.rows)
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             raise InputError(f"{self.files.checkpoint} cannot be resumed: {error}") from None
@@ -289,6 +287,11 @@ class _Run:
             if distributed.is_main():
                 self.files.make_good(checkpoint)
         distributed.say(f"resuming after epoch {self.epoch} of {self.args.epochs}")
+
+    def _best_error(self) -> float:
+        """The certified error of the best epoch so far, 1 before the first."""
+        best = [row for row in self.rows if row["epoch"] == best_epoch(self.rows)]
+        return errors(best[0], better(best[0]))[0] if best else 1.0
 
     def _keep_vectors(self) -> None:
         """Write the singular vectors after an epoch; those of another one are of no use any more."""

@@ -17,7 +17,7 @@ from locallip.bound.norms import Norms
 from locallip.bound.operators import Position
 from locallip.bound.power_iteration import PowerIteration
 from locallip.bound.walk import propagate, walk_through
-from locallip.bound.worst_case import worst_logits, worst_margin
+from locallip.bound.worst_case import unchecked_worst_logits, worst_margin
 from locallip.training.losses import LOSSES, Situation
 from locallip.training.vectors import StoredVectors
 
@@ -72,7 +72,7 @@ class RobustLoss(nn.Module):
         radii = epsilon.expand(len(x)) if isinstance(epsilon, Tensor) else x.new_full((len(x),), epsilon)
         graph = Graph.of(self.model, x)
         bound = walk_through(graph, x, radii, self.norms, sparse_threshold=sparse_threshold, box=box)
-        worst = worst_logits(bound, y, self.rounds)
+        worst = unchecked_worst_logits(bound, y, self.rounds)
         loss = self.loss.compute(Situation(bound, worst, y, epsilon, self.radius, kappa, self.weight))
         if bound.sparsity is not None:
             loss = loss + self.sparse * bound.sparsity

@@ -14,7 +14,7 @@ from locallip.bound.power_iteration import PowerIteration
 from locallip.bound.walk import propagate
 from locallip.bound.worst_case import worst_logits
 from locallip.images import ImageSet
-from locallip.training.files import smallest_error
+from locallip.training.files import better, errors
 from locallip.training.step import Tally
 
 
@@ -50,13 +50,12 @@ def validate(
 def in_words(row: Mapping[str, Any], is_best: bool) -> str:
     """The errors of validation in words, of the weights and of their average if there is one.
 
-    row: of the log. is_best: whether no epoch before had as small a certified error as one of the two.
+    row: of the log. is_best: whether it is the best so far.
     """
-    said, error = [], smallest_error(row)
+    said = []
     for name in ("validation", "averaged"):
         if f"{name}_certified_error" in row:
-            certified = row[f"{name}_certified_error"]
-            best = " (best)" if is_best and certified == error else ""
-            is_best = is_best and not best  # of equals the weights are kept
-            said.append(f"{name} clean {row[f'{name}_clean_error']:.2%} certified {certified:.2%}{best}")
+            certified, clean = errors(row, name)
+            best = " (best)" if is_best and name == better(row) else ""
+            said.append(f"{name} clean {clean:.2%} certified {certified:.2%}{best}")
     return ", ".join(said)

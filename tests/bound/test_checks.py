@@ -495,3 +495,9 @@ def test_more_layers_than_a_proof_has_norms_for_are_refused_before_any_work(monk
     net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4))).eval()
     with pytest.raises(ValueError, match="networks of up to 3 linear layers, this one has 4"):
         certify(net, torch.rand(1, 3), torch.tensor([0]), 0.1)
+
+
+@pytest.mark.parametrize("norms", [5, "proven", None, PowerIteration])
+def test_what_gives_no_norms_is_refused(norms):
+    with pytest.raises(TypeError, match=r"need norms such as PowerIteration\(5\), got "):
+        propagate(nn.Sequential(nn.Linear(6, 3)), torch.rand(2, 6), 0.1, norms)

@@ -1,5 +1,7 @@
 """Linear layers as operators."""
 
+import copy
+
 import pytest
 import torch
 from contracts_of_operators import OperatorContract
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from oracles import batch, convolutions, dense_layers, matrix_of
 from torch import nn
 
+from local_bound import certify, verify
 from locallip.bound.operators import Conv, Dense
 from locallip.bound.pooling import AveragePool, adaptive_windows, averages
 from locallip.bound.transposed import TransposedConv
@@ -128,3 +131,17 @@ def test_uneven_padding_is_refused():
 def test_padding_other_than_zeros_is_refused(mode):
     with pytest.raises(TypeError, match=f"position 3.*{mode}"):
         Conv.of(nn.Conv2d(1, 1, 3, padding=1, padding_mode=mode), 3, torch.Size([1, 5, 5]))
+
+
+@pytest.mark.parametrize("effort", ["product", "dual"])
+def test_a_bias_that_all_outputs_share_is_that_of_each(effort):
+    """PyTorch broadcasts it, in Linear and in F.linear alike."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double().eval()
+    shared = copy.deepcopy(net)
+    for linear, alike in ((net[0], shared[0]), (net[2], shared[2])):
+        linear.bias, alike.bias = (nn.Parameter(torch.full((size,), 0.3).double()) for size in (len(linear.bias), 1))
+    x, y = torch.rand(4, 6).double(), torch.tensor([0, 1, 2, 0])
+    assert certify(net, x, y, 0.1, effort=effort).equal(certify(shared, x, y, 0.1, effort=effort))
+    margins = (verify(model, x, y, 0.1, effort=effort, seed=1).worst_margin for model in (net, shared))
+    torch.testing.assert_close(*margins)

@@ -1,12 +1,14 @@
 """What the images pass through unseen ends the reading of a network, and constants of any origin do not."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 from oracles import CLASSES
 from torch import nn
 
-from local_bound import Graph, certify, local_lipschitz
+from local_bound import Graph, certify, local_lipschitz, verify
 from locallip.bound.nodes import Refusal
 
 FEATURES = 6
@@ -97,3 +99,49 @@ def test_a_network_that_does_not_run_in_float64_is_refused_in_one_line():
     with pytest.raises(ValueError, match=r"the network does not run on images \(N, 6\) of torch.float64: ") as refusal:
         certify(net.float(), torch.rand(2, FEATURES), torch.zeros(2, dtype=torch.long), 0.1)
     assert "\n" not in str(refusal.value)
+
+
+def swapped(net, x):
+    larger = x + 1000 * (x - 50).relu()
+    torch.utils.swap_tensors(larger, x)
+    return x
+
+
+def test_activations_that_took_the_place_of_others_are_refused():
+    with pytest.raises(Refusal, match="changed in place"):
+        local_lipschitz(Net(swapped), torch.rand(2, FEATURES).double(), 5.0)
+
+
+@pytest.mark.parametrize("ask", [certify, verify])
+def test_a_network_that_does_otherwise_with_many_images_is_refused(ask):
+    """It is read, and compared, on a few."""
+    net = Net(lambda net, x: x * net.kept if len(x) > 16 else x)
+    few, many = torch.rand(10, FEATURES).double(), torch.rand(40, FEATURES).double()
+    ask(net, few, torch.zeros(10, dtype=torch.long), 0.01)
+    with pytest.raises(TypeError, match="on how many images there are"):
+        ask(net, many, torch.zeros(40, dtype=torch.long), 0.01)
+
+
+class Selfish(nn.Linear):
+    def __deepcopy__(self, memo):
+        return self
+
+
+class Locked(Net):
+    def __init__(self):
+        super().__init__(lambda net, x: x)
+        self.lock = threading.Lock()
+
+
+def selfish():
+    """A network whose copy would share its first layer with it."""
+    return nn.Sequential(Selfish(FEATURES, 4), nn.ReLU(), nn.Linear(4, CLASSES)).eval()
+
+
+@pytest.mark.parametrize(("make", "why"), [(selfish, "__deepcopy__ in it"), (lambda: Locked().float(), "_thread.lock")])
+@pytest.mark.parametrize("ask", [certify, verify])
+def test_a_network_that_cannot_be_copied_is_refused_and_stays_as_it_is(make, why, ask):
+    net = make()
+    with pytest.raises(TypeError, match=f"the network cannot be copied: .*{why}"):
+        ask(net, torch.rand(2, FEATURES), torch.zeros(2, dtype=torch.long), 0.1)
+    assert {weight.dtype for weight in net.parameters()} == {torch.float32}

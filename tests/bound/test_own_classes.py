@@ -166,11 +166,53 @@ def test_a_rule_that_returns_something_else_is_refused(returned, ask):
         ask(*arguments[ask])
 
 
-def test_what_can_vary_must_be_told_of_every_entry():
-    rule(Odd)(lambda layer, place: Elementwise(layer, lambda lower, upper: True, rounding=0.0))
+def certify_with_odd():
     net = nn.Sequential(nn.Linear(3, 3), Odd(), nn.Linear(3, 2)).eval()
-    with pytest.raises(TypeError, match=r"`can_vary` must return a bool tensor \(1, 3\), got bool"):
-        certify(net, torch.rand(1, 3), torch.tensor([0]), 0.1)
+    return certify(net, torch.rand(1, 3), torch.tensor([0]), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("told", "got"),
+    [
+        (lambda lower, upper: True, "bool"),
+        (lambda lower, upper: (upper > 0).long(), r"torch.int64 \(1, 3\)"),
+        (lambda lower, upper: (upper > 0).to(torch.uint8), r"torch.uint8 \(1, 3\)"),
+        (lambda lower, upper: (upper > 0).double(), r"torch.float64 \(1, 3\)"),
+        (lambda lower, upper: upper[:, :1] > 0, r"torch.bool \(1, 1\)"),
+    ],
+)
+def test_what_can_vary_must_be_told_of_every_entry_by_a_bool(told, got):
+    """Other numbers would be read as places of rows."""
+    rule(Odd)(lambda layer, place: Elementwise(layer, told, rounding=0.0))
+    with pytest.raises(TypeError, match=rf"must tell what can vary by a bool tensor \(1, 3\), got {got}"):
+        certify_with_odd()
+    with pytest.raises(TypeError, match="must tell what can vary by a bool tensor"):
+        check_rule(Odd(), (3,))
+
+
+@pytest.mark.parametrize("rounding", [-5.0, math.nan, math.inf, "much"])
+def test_rounding_that_makes_boxes_smaller_is_refused(rounding):
+    rule(Odd)(lambda layer, place: Elementwise(layer, lambda lower, upper: upper > 0, rounding=rounding))
+    for ask in (certify_with_odd, lambda: check_rule(Odd(), (3,))):
+        with pytest.raises(TypeError, match="must give a finite rounding of 0 or more"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    "reorders", [lambda x: x.flip(1), lambda x: 2 * x, lambda x: x[:, :1].expand_as(x), lambda x: x[:, :2]]
+)
+def test_a_reshape_that_does_more_than_rename_is_refused(reorders):
+    """Masks are renamed along with it, and would stand at other entries."""
+
+    class Reordered(nn.Module):
+        def forward(self, x):
+            return reorders(x)
+
+    rule(Reordered)(lambda layer, place: Reshape(reorders))
+    net = nn.Sequential(nn.Linear(3, 3), Reordered(), nn.ReLU(), nn.LazyLinear(2))
+    net(torch.rand(1, 3))
+    with pytest.raises(TypeError, match="Reordered at position 1: its rule calls it a Reshape"):
+        certify(net.eval(), torch.rand(1, 3), torch.tensor([0]), 0.1)
 
 
 def test_a_reshape_and_an_operator_are_something():

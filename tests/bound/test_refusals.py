@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracles import CLASSES, IMAGES, MAPS, dense_network, images, network_with, walk
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from local_bound import Clip, Graph, GroupSort, Normalize, certified_radius, certify, local_lipschitz
 from locallip.bound import rules
@@ -49,6 +50,27 @@ def test_training_mode_is_refused_where_it_matters(layer):
     with pytest.raises(ValueError, match=r"position \d.*training mode"):
         walk(model, images(6), 0.1)
     walk(model.eval(), images(6), 0.1)
+
+
+@pytest.mark.parametrize(("module", "name"), [(nn.functional, "relu"), (torch, "relu"), (nn.functional, "linear")])
+def test_a_function_that_was_replaced_is_refused(module, name, monkeypatch):
+    """What layers compute by may differ where no image is that both are compared on."""
+    original = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *given, **named: original(*given, **named))
+    with pytest.raises(TypeError, match=rf"{module.__name__}.{name} is another function than when locallip was"):
+        walk(dense_network(nn.ReLU()), images(6), 0.1)
+
+
+class Doubling(TorchFunctionMode):
+    def __torch_function__(self, function, types, given=(), named=None):
+        return function(*given, **(named or {}))
+
+
+def test_a_mode_that_may_change_functions_is_refused_and_one_of_a_device_is_not():
+    with Doubling(), pytest.raises(TypeError, match="the mode Doubling is active"):
+        walk(dense_network(nn.ReLU()), images(6), 0.1)
+    with torch.device("cpu"):
+        walk(dense_network(nn.ReLU()), images(6), 0.1)
 
 
 PUBLIC = {

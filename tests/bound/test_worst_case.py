@@ -1,10 +1,11 @@
 """Worst-case logits against bisection, sampled steps and sampled points."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
-from oracles import EPSILONS, KINDS, SAMPLES, images, largest_step, make_case, network, outputs_of, walk
+from oracles import CLASSES, EPSILONS, KINDS, SAMPLES, images, largest_step, make_case, network, outputs_of, walk
 
 from local_bound import gloro_logits, worst_logits, worst_margin
 from locallip.bound.operators import Dense
@@ -130,3 +131,22 @@ def test_the_global_radius_is_where_the_worst_logit_of_a_ball_alone_reaches_the_
         slopes = (last.weight - last.weight[y][:, None]).norm(dim=2)
         worst = logits + slopes * lipschitz * scale * radius[:, None]
         assert ((worst_margin(worst, y) > 0) == certified)[radius > 0].all()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "complaint"),
+    [
+        (lambda y: y[:1], ValueError, "got (1,) for"),
+        (lambda y: y[:, None], ValueError, "got (4, 1) for"),
+        (lambda y: y.float(), TypeError, "got torch.float32"),
+        (lambda y: y.int(), TypeError, "got torch.int32"),
+        (lambda y: y.numpy(), TypeError, "got ndarray"),
+        (lambda y: y - CLASSES, ValueError, "labels must lie between 0 and"),
+        (lambda y: y + CLASSES, ValueError, "labels must lie between 0 and"),
+    ],
+)
+@pytest.mark.parametrize("ask", [worst_logits, gloro_logits])
+def test_labels_that_would_be_read_as_others_are_refused(ask, spoil, error, complaint):
+    case = make_case(KINDS[0], EPSILONS[0])
+    with pytest.raises(error, match=re.escape(complaint)):
+        ask(case.bound, spoil(case.y))

@@ -57,9 +57,9 @@ def assert_consistent(files, epochs):
     assert [int(row["epoch"]) for row in rows] == list(range(1, epochs + 1))
     assert rows == [{name: str(value) for name, value in row.items()} for row in checkpoint["rows"]]
     assert checkpoint["epoch"] == epochs
-    errors = [float(row["validation_certified_error"]) for row in rows]
-    assert checkpoint["err"] == errors[-1]
-    assert best["err"] == checkpoint["best_error"] == min(errors)
+    errors = [tuple(float(row[f"validation_{kind}_error"]) for kind in ("certified", "clean")) for row in rows]
+    assert checkpoint["err"] == errors[-1][0]
+    assert best["err"] == checkpoint["best_error"] == min(errors)[0]
     assert best["epoch"] == 1 + errors.index(min(errors))
     assert best.keys() == {"state_dict", "err", "epoch", "arguments"}
     if best["epoch"] == epochs:
@@ -141,8 +141,9 @@ def test_a_finished_run_whose_best_and_log_are_gone_or_damaged_has_them_again(ru
 # --- in detail
 
 
-def checkpoint_of(*errors, weight=0.0):
-    rows = [{"epoch": number, "validation_certified_error": error} for number, error in enumerate(errors, start=1)]
+def checkpoint_of(*errors, weight=0.0, clean=(0.1,) * 4):
+    names = "epoch", "validation_certified_error", "validation_clean_error"
+    rows = [dict(zip(names, row)) for row in zip(range(1, len(errors) + 1), errors, clean)]
     state = {"weight": torch.full((2,), weight)}
     return {"state_dict": state, "err": errors[-1], "epoch": len(errors), "arguments": {}, "rows": rows}
 
@@ -153,6 +154,13 @@ def test_only_the_first_of_the_best_epochs_is_the_best(tmp_path):
         files.save(checkpoint_of(*errors, weight=float(weight)))
     assert checkpoints.load_checkpoint(files.best)["state_dict"]["weight"].tolist() == [1, 1]
     assert best_epoch(checkpoint_of(0.5, 0.3, 0.3)["rows"]) == 2
+
+
+def test_of_epochs_that_certify_as_much_the_one_with_the_smallest_clean_error_is_the_best():
+    """As where nothing is certified: the first one is the least trained."""
+    clean = [0.5, 0.3, 0.3, 0.1]
+    assert best_epoch(checkpoint_of(1.0, 1.0, 1.0, clean=clean)["rows"]) == 2
+    assert best_epoch(checkpoint_of(1.0, 0.9, 0.9, 1.0, clean=clean)["rows"]) == 2
 
 
 @pytest.mark.parametrize(
