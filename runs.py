@@ -218,7 +218,7 @@ RUNS = (
         "4C3F, clipped ReLU, global norms, falling rate, averaged weights",
         "relux",
         "--epochs 40 --orthogonal --global_epochs 40 --rampup 20 --sniter 2 --init 1.0 --batch_size 64 "
-        "--epsilon_train 0.8 --gloro --no_augmentation --lr_scheduler linear --end_lr 1e-5 --ema 0.999",
+        "--epsilon_train 0.8 --epsilon 0.8 --gloro --no_augmentation --lr_scheduler linear --end_lr 1e-5 --ema 0.999",
         "relu/mnist_fast",
         took="1.5 h on one core",
     ),
