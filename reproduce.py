@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import runs
 import table
 import utils
-from data_load import count_classes, load_data
+from data_load import DATA_SETS, count_classes, load_data
 from locallip import devices, distributed, flags
 from locallip.evaluation.table import table as as_table
 from locallip.files import InputError, check_writable, exists, run_script, write_atomically
@@ -176,18 +176,21 @@ def main() -> None:
         "", utils.data_sets(run.data), run.recipe.defaults, [*run.training(), *others, *place]
     )
     _refuse_other_rows(run, wanted)
+    # A job may validate at another radius than its row is evaluated at.
+    is_given = any(word.partition("=")[0] == "--epsilon" for word in others)
+    epsilon = wanted.epsilon if is_given else DATA_SETS[wanted.data].epsilon
     files = RunFiles(Path(args.output_dir), run.prefix)
     report, planned = Path(args.output_dir) / "results" / run.job, files.best.with_name(f"{files.best.stem}_plan.json")
     plan = _planned(planned) if args.resume else _new_plan(args, run, wanted, files, report, planned)
     _run(run, runs.command(run.job, [*others, *place, "--scale", repr(plan.scale), *_again(args, files.checkpoint)]))
     what = ["--data", wanted.data, "--width", str(wanted.width), "--data_dir", wanted.data_dir]
     what += ["--device", wanted.device, "--seed", str(wanted.seed)]
-    what += ["--epsilon", repr(wanted.epsilon), "--test_batch_size", str(wanted.test_batch_size)]
+    what += ["--epsilon", repr(epsilon), "--test_batch_size", str(wanted.test_batch_size)]
     how = ["--certificate", "both", "--images", str(plan.images), "--test_sniter", str(plan.power_iterations)]
     where = ["--saved_model", str(Path(args.output_dir) / run.prefix), "--out", str(report)]
     where += _again(args, report / "unfinished" / "run.json")
     _run(run, runs.command(f"evaluate-{run.job}", [*what, *how, *where]))
-    print(as_table([replace(table.row(run), epsilon=wanted.epsilon)], report.parent))
+    print(as_table([replace(table.row(run), epsilon=epsilon)], report.parent))
 
 
 def _refuse_other_rows(run: utils.Run, wanted: argparse.Namespace) -> None:

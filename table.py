@@ -18,7 +18,8 @@ def row(run: utils.Run) -> Row:
     data = DATA_SETS[run.data]
     title = f"{run.recipe.title}, ε = {utils.radius_text(data.epsilon)}, {run.title}"
     of_recipe = run.epochs, run.paper, run.batch_size, run.recipe.title
-    return Row(run.job, title, data.epsilon, *of_recipe, data.classes, run.start_from, run.after)
+    validated_at = utils.run_arguments(run).epsilon
+    return Row(run.job, title, data.epsilon, *of_recipe, data.classes, run.start_from, run.after, validated_at)
 
 
 def main() -> None:

@@ -488,6 +488,33 @@ def test_trainings_on_one_data_set_are_drawn_beside_each_other(repository, finis
     assert paper.get_ydata() == pytest.approx([55.8, 55.8])
 
 
+def test_what_a_training_keeps_is_drawn_the_weights_or_their_average(tmp_path):
+    header, *lines = EPOCHS.splitlines()
+    averages = ["averaged_clean_error,averaged_certified_error", "0.03,0.9", "0.09,0.7", "0.06,0.4"]
+    (tmp_path / "epochs.csv").write_text("\n".join(map(",".join, zip([header, *lines], averages))))
+    epochs = table.read_epochs(tmp_path)
+    assert [epoch["validation_certified_error"] for epoch in epochs] == [0.9, 0.6, 0.4]
+    assert [epoch["validation_clean_error"] for epoch in epochs] == [0.03, 0.08, 0.06]
+
+
+def test_a_training_that_validates_at_another_radius_says_so_and_is_not_drawn_beside_others(
+    repository, finish, monkeypatch, tmp_path
+):
+    jobs = ("mnist-4c3f", "mnist-fast", "mnist-fast-relu")
+    for job in jobs:
+        finish(job)
+        (repository / "results" / job / "epochs.csv").write_text(EPOCHS)
+    drawn = []
+    monkeypatch.setattr(pictures, "over_minutes", lambda axes, trainings: drawn.extend(t.row.job for t in trainings))
+    table_script.main()
+    assert drawn == ["mnist-4c3f", "mnist-fast"]
+    for job, radius in zip(jobs, ("1.58", "1.58", "0.8")):
+        (row,) = (row for row in ROWS if row.job == job)
+        with pictures.drawing(tmp_path / "training.png") as axes:
+            pictures.training(axes, table.read_epochs(repository / "results" / job), row)
+            assert f"certified, estimate, at ε = {radius}" in [line.get_label() for line in axes.lines]
+
+
 def test_a_training_after_another_is_drawn_behind_it_and_ends_in_what_is_proven(repository, finish, monkeypatch):
     jobs = {"cifar10-muon": None, "cifar10-best": "cifar10-muon"}
     assert {row.job: row.after for row in ROWS if row.job in jobs} == jobs

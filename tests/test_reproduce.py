@@ -93,6 +93,20 @@ def test_a_row_is_trained_evaluated_and_set_beside_the_papers(call, two_epochs, 
     assert call("reproduce", *flags, "--resume").code == 0
 
 
+@pytest.mark.parametrize(("given", "evaluated"), [([], "1.58"), (["--epsilon", 0.3], "0.3"), (["--epsilon=1"], "1.0")])
+def test_a_row_is_evaluated_at_its_own_radius_whatever_its_training_validates_at(
+    call, two_epochs, monkeypatch, tmp_path, given, evaluated
+):
+    commands = []
+    monkeypatch.setattr(reproduce, "_run", lambda run, words: commands.append(words))
+    monkeypatch.setattr(reproduce, "as_table", lambda rows, folder: f"at {rows[0].epsilon}")
+    answer = call("reproduce", "mnist-fast-relu", "--output_dir", tmp_path, *given)
+    assert answer.out.splitlines()[-1] == f"at {evaluated}"
+    training, evaluation = commands
+    assert training[training.index("--epsilon") :][:2] == ["--epsilon", "0.8"]
+    assert ["--epsilon", evaluated] == evaluation[evaluation.index("--epsilon") :][:2]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -212,7 +212,8 @@ def training(axes: Axes, epochs: list[dict[str, float]], row: Row) -> None:
     """
     numbers = [epoch["epoch"] for epoch in epochs]
     for name, label, color in (("clean", "clean", INK), ("certified", "certified, estimate", LOCAL)):
-        for prefix, style, images in (("validation_", "-", f"at ε = {row.epsilon:.4g}"), ("", ":", "in training")):
+        radius = row.epsilon if row.validated_at is None else row.validated_at
+        for prefix, style, images in (("validation_", "-", f"at ε = {radius:.4g}"), ("", ":", "in training")):
             accuracy = [100 * (1 - epoch[f"{prefix}{name}_error"]) for epoch in epochs]
             where = images if name == "certified" or prefix == "" else "validation"
             axes.plot(numbers, accuracy, style, color=color, linewidth=2 if prefix else 1.4, label=f"{label}, {where}")
@@ -228,6 +229,7 @@ def training(axes: Axes, epochs: list[dict[str, float]], row: Row) -> None:
                 ha="right",
                 fontsize=8,
                 color=color,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # curves may pass there
             )
     full = next((epoch["epoch"] for epoch in epochs if epoch["epsilon"] == epochs[-1]["epsilon"]), numbers[-1])
     if full > numbers[0]:

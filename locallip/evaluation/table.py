@@ -12,6 +12,7 @@ import numpy as np
 
 from locallip.evaluation import pictures
 from locallip.files import InputError, write_atomically
+from locallip.training.files import better, errors
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Row:
         classes: of the whole data set.
         start_from: the file with whose weights the training begins; None: it begins afresh.
         after: the job that made this file.
+        validated_at: the L2 radius that the training validates at; None: that of the evaluation.
     """
 
     job: str
@@ -41,6 +43,7 @@ class Row:
     classes: int
     start_from: str | None = None
     after: str | None = None
+    validated_at: float | None = None
 
 
 # The test images of every data set of the paper.
@@ -222,6 +225,8 @@ _LOGGED = ("epoch", "epsilon", "seconds", *_ERRORS)
 def read_epochs(folder: Path) -> list[dict[str, float]]:
     """The rows of a training log that was copied to folder/epochs.csv; none if it was not.
 
+    The validation's errors are those of the weights or of their average, whichever the run would keep.
+
     Raises:
         InputError: if it is no training log.
     """
@@ -230,9 +235,15 @@ def read_epochs(folder: Path) -> list[dict[str, float]]:
         return []
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            return [{name: float(row[name]) for name in _LOGGED} for row in csv.DictReader(file)]
+            rows = [{name: float(number) for name, number in row.items()} for row in csv.DictReader(file)]
+        return [{name: row[name] for name in _LOGGED} | _kept(row) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no training log: {error!r}") from None
+
+
+def _kept(row: dict[str, float]) -> dict[str, float]:
+    certified, clean = errors(row, better(row))
+    return {"validation_certified_error": certified, "validation_clean_error": clean}
 
 
 def refresh(root: Path, rows: Sequence[Row]) -> str:
@@ -255,7 +266,10 @@ def refresh(root: Path, rows: Sequence[Row]) -> str:
 
 
 def _draw_trainings(rows: Sequence[Row], results: Path) -> None:
-    """Every training by itself; those on one data set beside each other, but for mere beginnings of others."""
+    """Every training by itself; those on one data set, validated alike, beside each other.
+
+    Mere beginnings of others are left out there.
+    """
     trainings = _trainings(rows, results)
     for training in trainings:
         with pictures.drawing(results / training.row.job / "training.png") as axes:
@@ -263,10 +277,14 @@ def _draw_trainings(rows: Sequence[Row], results: Path) -> None:
     begun = {training.row.after for training in trainings}
     ended = [training for training in trainings if training.proven is not None or training.row.job not in begun]
     for data in {training.row.data for training in ended}:
-        of_data = [training for training in ended if training.row.data == data]
+        of_data = [training for training in ended if training.row.data == data and _is_validated_as_usual(training.row)]
         if len(of_data) > 1:
             with pictures.drawing(results / f"{data.lower().replace(' ', '-')}-over-minutes.png", 5.2) as axes:
                 pictures.over_minutes(axes, of_data)
+
+
+def _is_validated_as_usual(row: Row) -> bool:
+    return row.validated_at in (None, row.epsilon)
 
 
 def _trainings(rows: Sequence[Row], results: Path) -> list[Training]:
