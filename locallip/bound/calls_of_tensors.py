@@ -77,7 +77,7 @@ def _subtract_from(call: Call, input: Any, other: Any, *, alpha: float = 1) -> S
 @means("mul", "mul_", "multiply", "multiply_")
 def _multiply(call: Call, input: Any, other: Any) -> Step:
     if call.depends(input) and call.depends(other):
-        raise NoTranslationError("multiplies activations with each other, which is not Lipschitz")
+        raise NoTranslationError("multiplies activations, which is not Lipschitz; x * sigmoid(x) is nn.SiLU")
     if not call.depends(input):
         input, other = other, input
     return Step(Affine(scale=_constant(other, input)), (input,))
@@ -103,6 +103,11 @@ def _concatenate(call: Call, tensors: Sequence[Tensor], dim: int = 0, *, axis: i
     if not all(call.depends(tensor) for tensor in tensors):
         raise NoTranslationError("joins activations with constants")
     return Step(Concatenate(dim), tuple(tensors))
+
+
+@means("maximum", "minimum", "max", "min")
+def _extremum(call: Call, *args: Any, **kwargs: Any) -> Step:
+    raise NoTranslationError("has no rule, but local_bound.MaxMin and GroupSort, which sort channels, have")
 
 
 # --- moves of entries ------------------------------------------------------------------------------------------------

@@ -190,8 +190,7 @@ _ADVICE: dict[tuple[type[nn.Module], ...], str] = {
         "batch normalisation or none"
     ),
     (nn.Softmax, nn.LogSoftmax, nn.Softmax2d, nn.Softmin): (
-        "certificates compare logits, which it does not reorder at the end of a network: take it off there; in the "
-        "middle of one it has no rule"
+        "take it off the end of the network, where the label that wins is the same without it; elsewhere it has no rule"
     ),
     (nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer): (
         "attention multiplies activations with one another and has no Lipschitz constant at all; no rule can help"

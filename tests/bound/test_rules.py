@@ -38,7 +38,8 @@ from local_bound import (
     propagate,
     rule,
 )
-from locallip.bound import rules
+from locallip.bound import calls, rules
+from locallip.bound.seen import name_of
 
 
 @pytest.fixture(autouse=True)
@@ -765,3 +766,13 @@ def test_no_rule_is_replaced_by_accident(scratch_rules):
     rule(Mine)(of_mine)  # as a notebook does that runs a cell again
     with pytest.raises(TypeError, match="Mine has a rule already"):
         rule(Mine)(rules._RULES[nn.Identity])
+
+
+def test_the_list_of_layers_and_calls_names_all_that_have_rules():
+    listed = set(re.findall(r"`([^`\s(]+)`", (ROOT / "docs" / "layers.md").read_text(encoding="utf-8")))
+    layers = {kind.__name__ for kind in rules._RULES if kind.__module__.startswith(("torch.", "locallip.bound.layers"))}
+    named = {name_of(function).removesuffix("()").strip("_") for function in calls._TABLE}
+    other = {"matmul": "@", "getitem": "x[...]", "spmm": "mm"}
+    refused = {"maximum", "minimum", "max", "min"}
+    assert layers <= listed
+    assert {other.get(name, name) for name in named - refused} <= {name.strip("_") for name in listed}
