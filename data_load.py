@@ -122,8 +122,9 @@ def _from_torchvision(kind: str, name: str, data_dir: Path, train: bool, below: 
         for folder in made:
             with contextlib.suppress(OSError):  # not empty, or never made
                 folder.rmdir()
+        damaged = "" if data_dir / below in made else "delete what is incomplete there; "
         raise InputError(
-            f"cannot read or download {name} below {data_dir} ({first_line(error).rstrip(':')}); "
+            f"cannot read or download {name} below {data_dir} ({first_line(error).rstrip(':')}); {damaged}"
             f"without a network, put torchvision's files for it there, or name the folder that holds "
             f"{Path(below).parts[0]}/ with --data_dir"
         ) from None

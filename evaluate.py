@@ -61,9 +61,9 @@ def arguments(defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
     parser.set_defaults(**(defaults or {}))
     args = parser.parse_args()
     of_a_proof = ("deployed", "certificate_seed", "effort", "failure_probability")
-    if args.certificate == "estimate" and any(getattr(args, name) != parser.get_default(name) for name in of_a_proof):
-        named = ", ".join(f"--{name}" for name in of_a_proof)
-        raise InputError(f"{named} belong to a proven certificate, not to an estimate; drop them")
+    named = [f"--{name}" for name in of_a_proof if getattr(args, name) != parser.get_default(name)]
+    if args.certificate == "estimate" and named:
+        raise InputError(f"no part of an estimate, but of a proven certificate: {', '.join(named)}")
     if args.resume and args.overwrite:
         raise InputError("--resume and --overwrite exclude each other")
     if args.resume and not args.out:

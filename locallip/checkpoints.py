@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import re
 import warnings
 import zipfile
@@ -54,7 +56,18 @@ def find_checkpoint(name: str) -> Path:
     for path in (Path(name), Path(f"{name}_best.pth")):
         if exists(path) and path.is_file():
             return path
-    raise InputError(f"no checkpoint: neither {name} nor {name}_best.pth is a file")
+    raise InputError(f"no checkpoint: neither {name} nor {name}_best.pth is a file{_like(Path(name))}")
+
+
+def _like(prefix: Path) -> str:
+    """What somebody may have meant who named a folder, or mistyped a name."""
+    with contextlib.suppress(OSError):
+        folder = prefix if prefix.is_dir() else prefix.parent
+        there = sorted(path.name.removesuffix("_best.pth") for path in folder.glob("*_best.pth"))
+        meant = there if folder == prefix else difflib.get_close_matches(prefix.name, there)
+        if meant:
+            return f"; there is {', '.join(str(folder / name) for name in meant)}"
+    return ""
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -332,7 +332,8 @@ def test_a_report_on_attacks_is_not_replaced_unasked(call, saved_net, tmp_path):
 
 @pytest.mark.parametrize("flags", [["--deployed", "float32"], ["--certificate_seed", 1]], ids=str)
 def test_an_estimate_does_not_pretend_to_more(evaluation_refused, saved_net, flags):
-    evaluation_refused("belong to a proven certificate", saved_net, "--certificate", "estimate", *flags)
+    said = f"no part of an estimate, but of a proven certificate: {flags[0]}"
+    evaluation_refused(said, saved_net, "--certificate", "estimate", *flags)
 
 
 def test_a_checkpoint_with_foreign_arguments_is_evaluated_by_the_flags(call, saved_net):

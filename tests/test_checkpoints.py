@@ -393,3 +393,15 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, saved_net, 
 
     monkeypatch.setattr(Path, "open", refuse)
     assert refused(saved_net) == f"cannot read {saved_net}: Permission denied"
+
+
+@pytest.mark.parametrize(
+    ("name", "there"), [("nets/mnist_4C3f", "nets/mnist_4C3F"), ("nets", "nets/cifar, nets/mnist_4C3F"), ("nets/x", "")]
+)
+def test_a_name_without_a_checkpoint_is_refused_with_what_it_may_have_meant(name, there, tmp_path):
+    (tmp_path / "nets").mkdir()
+    for prefix in ("mnist_4C3F", "cifar"):
+        (tmp_path / "nets" / f"{prefix}_best.pth").touch()
+    with pytest.raises(InputError, match="is a file") as refusal:
+        checkpoints.find_checkpoint(str(tmp_path / name))
+    assert str(refusal.value).replace(f"{tmp_path}/", "").partition("; there is ")[2] == there
