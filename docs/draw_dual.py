@@ -14,12 +14,14 @@ sys.path.insert(0, str(ROOT))
 from locallip.bound.dual.elementwise import ClippedLine  # noqa: E402
 from locallip.bound.dual.maxima import Terms  # noqa: E402
 from locallip.evaluation.pictures import ATTACK, GLOBAL, INK, LOCAL, drawing  # noqa: E402
+from utils import radius_text  # noqa: E402
 
 NETWORKS = (
     "mnist-4c3f",
     "mnist-4c3f-maxmin",
     "mnist-fast",
     "mnist-best",
+    "cifar10-4c3f",
     "cifar10-6c2f-maxmin",
     "cifar10-fast",
     "cifar10-best",
@@ -72,7 +74,8 @@ def draw_gains(path: Path) -> None:
             axes.hlines(percent["pgd"], place - 0.3, place + 0.3, ATTACK, label=None if place else "left by the attack")
             axes.text(place, percent["pgd"] + 1, f"{percent['pgd']:.1f}", color=ATTACK, ha="center")
         names = [job.replace("-", "\n", 1) for job in NETWORKS]
-        axes.set_xticks(range(len(NETWORKS)), [f"{n}\nε = {s['epsilon']:.3g}" for n, s in zip(names, summaries)])
+        labels = [f"{name}\nat {radius_text(summary['epsilon'])}" for name, summary in zip(names, summaries)]
+        axes.set_xticks(range(len(NETWORKS)), labels, fontsize=8.5)
         axes.set_ylim(0, 100)
         axes.set_ylabel("percent of all test images")
         axes.legend(frameon=False, loc="upper left", ncols=3)
