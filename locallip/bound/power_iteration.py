@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor
 
+from locallip.bound.checks import refuse_whole_number
 from locallip.bound.norms import Arithmetic, Bracket
 from locallip.bound.operators import LinearOperator, Position
 from locallip.bound.tensors import (
@@ -48,6 +49,9 @@ class PowerIteration:
             How much work there is then depends on the data, so that a CUDA device has to be waited for.
         factors: what convolutions round their factors to, see `norms.Arithmetic`.
         ascend: see above; needs two iterations at least to make a difference.
+
+    Raises:
+        TypeError, ValueError: for iterations that are no whole number of at least 1.
     """
 
     local_ball = False
@@ -63,8 +67,7 @@ class PowerIteration:
         factors: torch.dtype | None = None,
         ascend: bool = False,
     ):
-        if iterations < 1:
-            raise ValueError(f"power iteration needs at least one iteration, got {iterations}")
+        refuse_whole_number("the number of power iterations", iterations, 1)
         self.iterations = iterations
         self.local_positions = local_positions
         self.skip_idle_masks = skip_idle_masks

@@ -210,6 +210,12 @@ def test_less_than_one_iteration_is_refused(iterations):
         PowerIteration(iterations)
 
 
+@pytest.mark.parametrize("iterations", ["a", 2.5, True, None])
+def test_iterations_that_are_no_whole_number_are_refused(iterations):
+    with pytest.raises(TypeError, match="the number of power iterations must be a whole number"):
+        PowerIteration(iterations)
+
+
 # --- start vectors ---------------------------------------------------------------------------------------------------
 
 
