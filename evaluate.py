@@ -40,8 +40,6 @@ def arguments(defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     certificate = "upper bounds on all norms, the published protocol, whose norms are estimates from below, or both"
     flag("--certificate", choices=["proven", "estimate", "both"], default="proven", help=certificate)
-    seed = "of the random start vectors of a proven certificate; default: from the operating system"
-    flag("--certificate_seed", type=flags.natural_int, help=seed)
     deployed = "what a proven certificate is for: the exact function, or what the network computes in float32"
     flag("--deployed", choices=list(DEPLOYED), default="exact", help=deployed)
     effort = "how far a proof goes: to the product of norms, or on to the centred dual, which certifies more"
@@ -52,7 +50,8 @@ def arguments(defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
     curve = "test images, the first so many in whole batches, that the curves over the radius are made of"
     flag("--curve_images", type=flags.positive_int, default=1000, help=curve)
     out = (
-        "folder for the report: a CSV row per image, summary.json and pictures; below it, proven/ and estimate/ of both"
+        "folder for the report: a CSV row per image, summary.json and pictures; of both, proven/ (or product/) and "
+        "estimate/ below it"
     )
     flag("--out", type=flags.path, help=out)
     resume = "go on with the evaluation that was stopped before it could write its report to --out"
@@ -92,10 +91,12 @@ def add_model_flags(parser: argparse.ArgumentParser, several: bool = False) -> N
     flag("--held_out", type=flags.natural_int, default=0, help=held_out)
     probability = "of a proven certificate: that any norm of the whole run is too small"
     flag("--failure_probability", type=flags.probability, default=1e-6, help=probability)
+    seed = "of the random start vectors of a proven certificate; default: from the operating system"
+    flag("--certificate_seed", type=flags.natural_int, help=seed)
 
 
-def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[str, Any]]:
-    """What the flags name: model in eval mode and images on one device, the checkpoint's path and content.
+def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, str, dict[str, Any]]:
+    """What the flags name: model in eval mode and images on one device, the checkpoint's SHA-256 and content.
 
     Fills in data, model and width from the checkpoint where `args` do not name them, and the data set's radius.
 
@@ -105,7 +106,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[
     with distributed.all_or_none():
         device = distributed.select_device(args.device)
         path = find_checkpoint(args.saved_model)
-        checkpoint = load_checkpoint(path)
+        checkpoint, sha256 = load_checkpoint(path), hashlib.sha256(path.read_bytes()).hexdigest()
     trained = checkpoint.get("arguments")
     trained = trained if isinstance(trained, dict) else {}
     assumed = args.model is None and "model" not in trained
@@ -133,7 +134,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Sequential, ImageSet, Path, dict[
         images = load_data(args.data, args.data_dir, train=bool(args.held_out))
     if args.held_out:
         _, images = hold_out(images, args.held_out, args.seed)
-    return model, images.to(device)[: args.images], path, checkpoint
+    return model, images.to(device)[: args.images], sha256, checkpoint
 
 
 def _other_network(args: argparse.Namespace, trained: Mapping[str, Any]) -> str:
@@ -176,14 +177,16 @@ def _evaluate_checkpoint(args: argparse.Namespace) -> dict[str, Outcome]:
     with distributed.all_or_none():
         find_checkpoint(args.saved_model)  # before imports that take seconds
         l2_pgd_attack()  # what cannot be imported says so now, not behind the first batch
-    model, images, path, checkpoint = load(args)
+    model, images, sha256, checkpoint = load(args)
     both = args.certificate == "both"
     kinds = ["proven", "estimate"] if both else [args.certificate]
-    folders = [Path(args.out) / kind if both else Path(args.out) for kind in kinds if args.out]
+    of_proof = "product" if args.effort == "product" else "proven"
+    names = {"proven": of_proof, "estimate": "estimate"}
+    folders = [Path(args.out) / names[kind] if both else Path(args.out) for kind in kinds if args.out]
     run = None
     with distributed.all_or_none():
         if distributed.is_main():
-            run = _begin(args, path, images, folders)
+            run = _begin(args, sha256, images, folders)
     run = distributed.share(run)
     unfinished = Unfinished(Path(args.out), run, distributed.share(time.time_ns())) if args.out else None
     started = time.perf_counter()
@@ -202,7 +205,7 @@ def _evaluate_checkpoint(args: argparse.Namespace) -> dict[str, Outcome]:
             begun_with = argparse.Namespace(**run["arguments"])
             for number, (part, certificate) in enumerate(zip(found, certificates)):
                 how, stages = certificate.describe(part.counts), part.counts.get("seconds", np.empty(0)).tolist()
-                on = begun_with, model[-1].out_features, path, checkpoint.get("arguments")
+                on = begun_with, model[-1].out_features, sha256, checkpoint.get("arguments")
                 summary = summarize(part.outcome, *on, how, seconds, stages)
                 print(as_text(summary))
                 if args.out:
@@ -213,13 +216,13 @@ def _evaluate_checkpoint(args: argparse.Namespace) -> dict[str, Outcome]:
     return {kind: part.outcome for kind, part in zip(kinds, found)} if distributed.is_main() else {}
 
 
-def _begin(args: argparse.Namespace, checkpoint: Path, images: ImageSet, folders: list[Path]) -> dict[str, Any]:
+def _begin(args: argparse.Namespace, checkpoint: str, images: ImageSet, folders: list[Path]) -> dict[str, Any]:
     """The run: all that its findings depend on. An earlier one where --resume goes on with it."""
     asked = {name: value for name, value in vars(args).items() if name != "resume"}
     run = {
         "arguments": asked,
         "seed": secrets.randbits(128) if args.certificate_seed is None else args.certificate_seed,
-        "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "checkpoint": checkpoint,
         "images": images_sha256(images),
         "code": source_sha256(),
         "versions": versions(),

@@ -20,6 +20,7 @@ from locallip import distributed, flags
 from locallip.bound.proof import proven_norms
 from locallip.evaluation import pictures
 from locallip.evaluation.attacks import ATTACK_STEPS
+from locallip.evaluation.certificates import clip_range
 from locallip.evaluation.falsification import COLUMNS, Trial, falsify
 from locallip.evaluation.progress import progress
 from locallip.evaluation.report import refuse_existing
@@ -40,9 +41,10 @@ def main() -> None:
     model, images, _, _ = evaluate.load(args)
     torch.manual_seed(args.seed)
     exact = copy.deepcopy(model).double()
-    norms = proven_norms(exact, images[:1].images / 255.0, len(images), args.failure_probability, radii=2)
-    print(f"seed of the certificates: {norms.seed}")
-    trial = Trial(args.epsilon, args.restarts, args.attack_steps, args.slope_steps, (0.0, 1.0) if args.clip else None)
+    plan = exact, images[:1].images / 255.0, len(images), args.failure_probability
+    norms = proven_norms(*plan, radii=2, seed=args.certificate_seed)
+    print(f"--certificate_seed {norms.seed} --seed {args.seed}")
+    trial = Trial(args.epsilon, args.restarts, args.attack_steps, args.slope_steps, clip_range(args))
     parts = {name: [] for name in COLUMNS}
     with progress(len(images)) as advance:
         for x, y, places in images.batches(args.test_batch_size):
@@ -60,7 +62,7 @@ def main() -> None:
         fallen = columns["image"][columns["fallen"]]
         print(
             f"BROKEN CERTIFICATE: proven certificates of {len(fallen)} images fell, {fallen[:20].tolist()}; "
-            "please report this with the seed",
+            f"please report this with --certificate_seed {norms.seed} --seed {args.seed}",
             file=sys.stderr,
         )
         sys.exit(1)

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "TinyImagenet"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 

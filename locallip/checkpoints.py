@@ -231,7 +231,7 @@ def _say_what_it_is(path: Path, beginning: bytes, refusal: str) -> str:
             "torch.save(safetensors.torch.load_file(FILE), NEW_FILE)"
         )
     if zipfile.is_zipfile(path):
-        return _say_what_archive_it_is(path, refusal)
+        return _say_what_archive_it_is(path)
     if beginning.startswith(_BEGINNING_OF_TORCH_SAVE):
         return _say_what_is_pickled(re.findall(r"GLOBAL ([\w.]+)", refusal))
     if beginning.startswith(b"\x80"):
@@ -239,7 +239,7 @@ def _say_what_it_is(path: Path, beginning: bytes, refusal: str) -> str:
     return "is damaged, or is no checkpoint of weights alone"
 
 
-def _say_what_archive_it_is(path: Path, refusal: str) -> str:
+def _say_what_archive_it_is(path: Path) -> str:
     with zipfile.ZipFile(path) as archive:
         names = {name.partition("/")[2] for name in archive.namelist()}
     if "constants.pkl" in names:

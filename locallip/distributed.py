@@ -19,7 +19,6 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -290,11 +289,6 @@ def share(value: T) -> T:
 def shard(images: ImageSet) -> ImageSet:
     """This process's fixed part of a set: every image is in one part, and their sizes differ by one at most."""
     return images[rank() :: processes()]
-
-
-def places(images: int) -> list[np.ndarray]:
-    """Where the images of each process's part stand in a set of so many images."""
-    return [np.arange(images)[number :: processes()] for number in range(processes())]
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------

@@ -62,7 +62,8 @@ class Verification:
         """
         if status not in STATUSES:
             raise ValueError(f"the status must be one of {', '.join(STATUSES)}, got '{status}'")
-        return torch.tensor([own == status for own in self.status], device=self.clean_margin.device)
+        found = [own == status for own in self.status]
+        return torch.tensor(found, dtype=torch.bool, device=self.clean_margin.device)
 
     @property
     def certified(self) -> Tensor:

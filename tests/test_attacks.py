@@ -47,6 +47,13 @@ def test_no_proven_certificate_falls(attack, tmp_path, flags):
     assert all(values == sorted(values) for values in quantiles)
 
 
+def test_the_seeds_that_a_run_names_repeat_it(attack):
+    first = attack("--epsilon", 1e-4)
+    seeds = first.out.splitlines()[0].split()
+    assert seeds[::2] == ["--certificate_seed", "--seed"]
+    assert attack("--epsilon", 1e-4, *seeds).out == first.out
+
+
 def certify_everything(model, x, *rest):
     return replace(PROVE(model, x, *rest), worst_margin=torch.ones(len(x)).double())
 

@@ -135,6 +135,12 @@ def test_both_certificates_share_one_attack(call, saved_net, tmp_path):
     assert (again.code, len(again.err.splitlines())) == (2, 1)
 
 
+def test_a_proof_by_the_product_is_never_reported_as_the_whole_one(call, saved_net, tmp_path):
+    flags = [*TINY, "--saved_model", saved_net, "--epsilon", 1e-3, "--images", 4, "--test_sniter", 2, "--out", tmp_path]
+    assert call("evaluate", *flags, "--certificate", "both", "--effort", "product").code == 0
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["estimate", "product"]
+
+
 # --- held-out training images
 
 

@@ -55,8 +55,10 @@ def test_too_little_time_is_refused_with_how_much_it_takes():
 
 
 @pytest.mark.parametrize("box", [False, True])
-def test_measuring_an_epoch_leaves_the_network_as_it_is(digits, tiny_net, tmp_path, box):
+@pytest.mark.parametrize("schedule", [[], ["--lr_scheduler", "linear", "--lr_warmup", "3"]], ids=["usual", "warm"])
+def test_measuring_an_epoch_leaves_the_network_as_it_is(digits, tiny_net, tmp_path, box, schedule):
     flags = [*map(str, TINY), "--batch_size", "16", "--test_sniter", "2", "--output_dir", str(tmp_path / "runs")]
+    flags += schedule
     args = utils.training_arguments("", utils.data_sets("mnist"), utils.RECIPES["mnist"].defaults, flags)
     before = copy.deepcopy(tiny_net.state_dict())
     seconds = seconds_per_epoch(tiny_net, digits[True][:960], digits[False][:160], args, box)

@@ -304,6 +304,7 @@ def test_what_has_no_sense_is_refused_in_one_line(changes, complaint):
 def test_no_images_have_no_answers(attack):
     found = verify(plane(), pixels(0.5)[:0], torch.zeros(0, dtype=torch.long), 0.1, attack=attack)
     assert (found.status, found.worst_margin.shape, str(found)) == ((), (0,), "0 images")
+    assert (found.certified.dtype, found.certified.shape) == (torch.bool, (0,))
 
 
 @pytest.mark.parametrize("x", [[[0.5, 0.5]], torch.ones(3, 2, dtype=torch.uint8), torch.ones(3).half(), torch.ones(3)])

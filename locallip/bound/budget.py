@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from locallip.bound.checks import refuse_probability
+
 MOST_WHOLES = 1_000
 
 
@@ -19,8 +21,7 @@ class Budget:
     """
 
     def __init__(self, failure_probability: float, planned: int):
-        if not 0 < failure_probability < 1:
-            raise ValueError(f"the failure probability must lie between 0 and 1, got {failure_probability}")
+        refuse_probability(failure_probability)
         self.failure_probability = failure_probability
         self._masked_left, self._wholes_left = planned, MOST_WHOLES
         self._per_masked = failure_probability / 2 / max(planned, 1)

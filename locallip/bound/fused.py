@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from locallip.bound import fused_formulas as formulas
 from locallip.bound.fused_formulas import Threshold
+from locallip.bound.seen import first_line
 
 
 class Clipping(Protocol):
@@ -191,8 +192,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             with torch.fx.experimental._config.patch(use_duck_shape=False):
                 return compiled(*args)
         except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-            warnings.warn(f"no compiler, going on without: {reason}", stacklevel=1)
+            warnings.warn(f"no compiler, going on without: {first_line(error)[:160]}", stacklevel=1)
             _PASSES.update(_PLAIN_PASSES)
             return function(*args)
 

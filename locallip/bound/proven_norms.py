@@ -193,7 +193,7 @@ class ProvenNorms:
         brackets = []
         for images in torch.arange(count, device="cpu").split(at_a_time):
             masks = [None if mask is None else mask[images.to(mask.device)] for mask in (rows, columns)]
-            brackets.append(self._lanczos(operator, *masks, len(images), self.steps, share))
+            brackets.append(self._lanczos(operator, *masks, len(images), share))
         return Bracket(*(torch.cat(ends) for ends in zip(*brackets)))
 
     def _lanczos(
@@ -202,12 +202,11 @@ class ProvenNorms:
         rows: Tensor | None,
         columns: Tensor | None,
         count: int,
-        steps: int,
         probability: float,
     ) -> Bracket:
         """Brackets (count,) of ||D_rows W D_columns||; each upper end fails with at most this probability."""
-        found, dimension = self._krylov(operator, rows, columns, count, steps, self._generator)
-        factor = inflation(dimension, steps, probability).to(found.upper.device)
+        found, dimension = self._krylov(operator, rows, columns, count, self.steps, self._generator)
+        factor = inflation(dimension, self.steps, probability).to(found.upper.device)
         return Bracket(found.lower, torch.where(factor.isinf(), factor, found.upper * factor))
 
     def _krylov(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +23,7 @@ def summarize(
     outcome: Outcome,
     args: argparse.Namespace,
     classes: int,
-    checkpoint: Path,
+    checkpoint: str,
     training: dict | None,
     certificate: dict,
     seconds: float,
@@ -33,14 +31,14 @@ def summarize(
 ) -> dict:
     """The evaluation in numbers, ready for JSON.
 
-    classes: that the network tells apart. checkpoint: the evaluated file. training: the arguments it was trained with,
-    if it knows. certificate: its `kind`, `proven` or `estimate`, and what belongs to it. seconds: wall time.
-    stage_seconds: the same of its stages.
+    classes: that the network tells apart. checkpoint: the SHA-256 of the evaluated file. training: the
+    arguments it was trained with, if it knows. certificate: its `kind`, `proven` or `estimate`, and what belongs to it.
+    seconds: wall time. stage_seconds: the same of its stages.
     """
     by_dual = np.array([is_by_dual(name) for name in outcome.decided_by], dtype=bool)
     return {
         "arguments": vars(args),
-        "checkpoint": {"sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), "training": training},
+        "checkpoint": {"sha256": checkpoint, "training": training},
         "images": len(outcome.label),
         "classes": classes,
         "epsilon": args.epsilon,

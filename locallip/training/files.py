@@ -67,13 +67,13 @@ class RunFiles:
         """
         # A best epoch before the last one was written before the last checkpoint was.
         best = _better_weights(checkpoint)
-        if best_epoch(checkpoint["rows"]) == checkpoint["epoch"] and not _holds(self.best, best):
+        if best_row(checkpoint["rows"])["epoch"] == checkpoint["epoch"] and not _holds(self.best, best):
             save_checkpoint(self.best, best)
         write_csv(self.log, checkpoint["rows"])
 
 
-def best_epoch(rows: Sequence[Mapping[str, Any]]) -> int:
-    """Number of the epoch with the smallest certified error on the validation set.
+def best_row(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The row of the epoch with the smallest certified error on the validation set.
 
     Of several that with the smallest clean error, and of these the first.
 
@@ -82,7 +82,7 @@ def best_epoch(rows: Sequence[Mapping[str, Any]]) -> int:
     """
     if len({tuple(row) for row in rows}) != 1:
         raise ValueError("its rows have different columns, or there are none")
-    return min(rows, key=lambda row: errors(row, better(row)))["epoch"]
+    return min(rows, key=lambda row: errors(row, better(row)))
 
 
 def better(row: Mapping[str, Any]) -> str:

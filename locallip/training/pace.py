@@ -31,7 +31,8 @@ def seconds_per_epoch(
     share = min(1.0, _STEPS * args.batch_size / len(training_set))
     parts = (images[: max(1, round(share * len(images)))] for images in (training_set, validation_set))
     with tempfile.TemporaryDirectory() as folder:
-        short = {"epochs": _EPOCHS, "warmup": 0, "rampup": 0, "global_epochs": 0 if box else _EPOCHS}
+        short = {"epochs": _EPOCHS, "warmup": 0, "rampup": 0, "lr_warmup": 0.0}
+        short["global_epochs"] = 0 if box else _EPOCHS
         alone = {
             "output_dir": folder,
             "prefix": "pace",

@@ -19,7 +19,7 @@ from locallip.checkpoints import find_checkpoint, load_checkpoint, load_weights
 from locallip.files import InputError, ScriptError, check_writable, exists
 from locallip.images import Augmentation, ImageSet
 from locallip.training.averaging import AveragedModel
-from locallip.training.files import RunFiles, best_epoch, better, errors
+from locallip.training.files import RunFiles, best_row, better, errors
 from locallip.training.optimizers import OPTIMIZERS, set_rate
 from locallip.training.recording import RecordedStep, ahead, in_cuda_graph
 from locallip.training.resuming import own_shuffle, refuse_other_arguments
@@ -166,8 +166,10 @@ class _Run:
                 row = self._train_epoch(epoch, bar) | self._validate(self._has_box(epoch))
                 row["seconds"] = round(time.perf_counter() - started, 2)
                 self._finish_epoch(epoch, row)
-        distributed.say(f"best certified error {self._best_error():.2%}: {self.files.best}")
-        if self._best_error() == 1:
+        best = best_row(self.rows)
+        error, _ = errors(best, better(best))
+        distributed.say(f"best certified error {error:.2%}: {self.files.best}")
+        if error == 1:
             distributed.say(f"nothing was certified at --epsilon {args.epsilon:.4g}; a smaller one tells epochs apart")
 
     def _has_box(self, epoch: int) -> bool:
@@ -233,7 +235,7 @@ class _Run:
             raise TrainingDiverged(f"a weight is not finite after epoch {epoch + 1}; {self._left()}")
         self.epoch = epoch + 1
         self.rows.append(row)
-        is_best = best_epoch(self.rows) == self.epoch
+        is_best = best_row(self.rows) is row
         shuffles = torch.stack(distributed.gather(self.shuffle.get_state()))
         with distributed.all_or_none():
             if distributed.is_main():
@@ -251,7 +253,6 @@ class _Run:
         return published | {
             "arguments": vars(self.args),
             "optimizer": self.optimizer.state_dict(),
-            "best_error": self._best_error(),
             "global_vectors": self.norms.global_vectors,
             "shuffle": shuffles,  # one row per process
             "rows": self.rows,
@@ -280,18 +281,13 @@ class _Run:
             self.norms.global_vectors = {p: v.to(self.device) for p, v in checkpoint["global_vectors"].items()}
             self.shuffle.set_state(own_shuffle(checkpoint["shuffle"]))
             self.epoch, self.rows = int(checkpoint["epoch"]), list(checkpoint["rows"])
-            best_epoch(self.rows)
+            best_row(self.rows)
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             raise InputError(f"{self.files.checkpoint} cannot be resumed: {error}") from None
         with distributed.all_or_none():
             if distributed.is_main():
                 self.files.make_good(checkpoint)
         distributed.say(f"resuming after epoch {self.epoch} of {self.args.epochs}")
-
-    def _best_error(self) -> float:
-        """The certified error of the best epoch so far, 1 before the first."""
-        best = [row for row in self.rows if row["epoch"] == best_epoch(self.rows)]
-        return errors(best[0], better(best[0]))[0] if best else 1.0
 
     def _keep_vectors(self) -> None:
         """Write the singular vectors after an epoch; those of another one are of no use any more."""

@@ -14,7 +14,7 @@ from forks import Fork
 import train_mnist
 from locallip import checkpoints
 from locallip.files import InputError
-from locallip.training.files import RunFiles, best_epoch
+from locallip.training.files import RunFiles, best_row
 
 
 def train_and_die(write):
@@ -59,7 +59,7 @@ def assert_consistent(files, epochs):
     assert checkpoint["epoch"] == epochs
     errors = [tuple(float(row[f"validation_{kind}_error"]) for kind in ("certified", "clean")) for row in rows]
     assert checkpoint["err"] == errors[-1][0]
-    assert best["err"] == checkpoint["best_error"] == min(errors)[0]
+    assert best["err"] == min(errors)[0]
     assert best["epoch"] == 1 + errors.index(min(errors))
     assert best.keys() == {"state_dict", "err", "epoch", "arguments"}
     if best["epoch"] == epochs:
@@ -153,14 +153,14 @@ def test_only_the_first_of_the_best_epochs_is_the_best(tmp_path):
     for weight, errors in enumerate([(0.5,), (0.5, 0.3), (0.5, 0.3, 0.3), (0.5, 0.3, 0.3, 0.4)]):
         files.save(checkpoint_of(*errors, weight=float(weight)))
     assert checkpoints.load_checkpoint(files.best)["state_dict"]["weight"].tolist() == [1, 1]
-    assert best_epoch(checkpoint_of(0.5, 0.3, 0.3)["rows"]) == 2
+    assert best_row(checkpoint_of(0.5, 0.3, 0.3)["rows"])["epoch"] == 2
 
 
 def test_of_epochs_that_certify_as_much_the_one_with_the_smallest_clean_error_is_the_best():
     """As where nothing is certified: the first one is the least trained."""
     clean = [0.5, 0.3, 0.3, 0.1]
-    assert best_epoch(checkpoint_of(1.0, 1.0, 1.0, clean=clean)["rows"]) == 2
-    assert best_epoch(checkpoint_of(1.0, 0.9, 0.9, 1.0, clean=clean)["rows"]) == 2
+    assert best_row(checkpoint_of(1.0, 1.0, 1.0, clean=clean)["rows"])["epoch"] == 2
+    assert best_row(checkpoint_of(1.0, 0.9, 0.9, 1.0, clean=clean)["rows"])["epoch"] == 2
 
 
 @pytest.mark.parametrize(
