@@ -39,10 +39,11 @@ class Bound:
     Attributes:
         logits: (N, K) at x.
         center, lower, upper: (N, H) the last hidden layer: its value at x, and the box that holds it in the whole ball.
-        radius: (N,) ball radius at the last hidden layer: epsilon times the product of the local norms.
-        hidden_lipschitz: (N,) product of the local norms.
+        radius: (N,) ball radius at the last hidden layer: epsilon times `hidden_lipschitz`, and in a proof rounding.
+        hidden_lipschitz: (N,) Lipschitz constant up to there in the ball: of a chain the product of the local norms and
+            of the activations' own constants, where branches meet what the join makes of theirs.
         lowest_hidden_lipschitz: (N,) the same of the lower ends of their brackets: no norms can make it smaller.
-        global_hidden_lipschitz: scalar, product of the global norms.
+        global_hidden_lipschitz: scalar, the same of the global norms: valid everywhere.
         local_norms: by position in the network, (N,).
         global_norms: by position in the network, scalar.
         varying: by position, (N, ...) bool: which outputs of that layer can vary in the ball. At an activation it gives
@@ -52,8 +53,8 @@ class Bound:
         last_columns: (N, H) bool, which of its inputs can vary in the ball; None: all.
         logit_rounding: (N, K) by how much rounding can change what `worst_logits` adds up; None: exact arithmetic.
         deployed_rounding: the part of it that is the deployed network's, (N, K) or 0.
-        layers: the hidden layers in order; None unless `propagate` was asked to keep them, and where an activation
-            stands before the first of them.
+        layers: the hidden layers in order; None unless `propagate` was asked to keep them, and where the dual knows no
+            such network: an activation before the first of them, one that changes the shape, branches.
         sparsity: scalar, by how much boxes reach where activations vary; None unless `propagate` was asked for it.
     """
 

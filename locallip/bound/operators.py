@@ -40,9 +40,15 @@ class LinearOperator(ABC):
         input_shape, output_shape: shapes of one image's activations before and after, without the batch.
         told_by_weight: whether operators of exactly this class that agree in shapes, weight and `geometry` are the
             same W, so that its norm may be kept for the next call; a subclass says so for itself.
+        norm_bound_is_exact: whether `norm_bound` is the norm itself, but for rounding.
+        size_of_parts: how large the parts of W are that may cancel in it, a scalar; 0 where a norm of W tells.
+        spread: by how much an error of every sum inside of W can grow on the way out of it.
     """
 
     told_by_weight: ClassVar[bool] = False
+    norm_bound_is_exact: bool = False
+    size_of_parts: Tensor | float = 0.0
+    spread: Tensor | float = 1.0
     weight: Tensor
     bias: Tensor | None
     bias_size: Tensor | None = None
@@ -105,13 +111,6 @@ class LinearOperator(ABC):
         entries = self.absolute_operator()
         rows, columns = (self.weight.new_ones(1, *shape) for shape in (self.input_shape, self.output_shape))
         return (entries.apply(rows).amax() * entries.adjoint(columns).amax()).sqrt()
-
-    # Whether `norm_bound` is the norm itself, but for rounding.
-    norm_bound_is_exact: bool = False
-    # How large the parts of W are that may cancel in it, a scalar; 0 where a norm of W tells.
-    size_of_parts: Tensor | float = 0.0
-    # By how much an error of every sum inside of W can grow on the way out of it.
-    spread: Tensor | float = 1.0
 
     def bias_magnitude(self) -> Tensor:
         """Sums of the absolute values that b was added up from; broadcasts over one image's outputs."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from locallip.bound.dual.chain import Chain, Scale
+from locallip.bound.dual.chain import Chain, Hidden, Scale
 from locallip.bound.dual.inputs import in_ball, in_box
 from locallip.bound.dual.maxima import Terms
 from locallip.bound.tensors import masked, per_image
@@ -130,12 +130,12 @@ def gradient(chain: Chain, multipliers: Multipliers, found: Evaluation) -> Multi
     return Multipliers(by_g, torch.stack(by_mu, dim=1) * multipliers.delta, by_c)
 
 
-def through(layer, x: Tensor) -> Tensor:  # noqa: ANN001
+def through(layer: Hidden, x: Tensor) -> Tensor:
     """What the operator of a layer makes of steps (P, ...) of its input, however these are shaped."""
     return layer.operator.apply(x.reshape(-1, *layer.operator.input_shape)).reshape(-1, *layer.center.shape[1:])
 
 
-def back(layer, g: Tensor) -> Tensor:  # noqa: ANN001
+def back(layer: Hidden, g: Tensor) -> Tensor:
     """What the transpose makes of (P, ...), shaped like the layer's centre: (P, *input_shape)."""
     return layer.operator.adjoint(g.reshape(-1, *layer.operator.output_shape))
 
