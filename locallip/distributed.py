@@ -25,7 +25,7 @@ import torch.distributed as dist
 # Imported later, as by torch._dynamo, its default arguments would hold the group that stands then, and gloo's threads
 # would live into the interpreter's end, which can abort then.
 import torch.distributed.nn
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from locallip import devices, launch
@@ -35,10 +35,6 @@ from locallip.launch import Launch
 
 T = TypeVar("T")
 
-NO_APEX = (
-    "--ddp apex needs NVIDIA apex with parallel.DistributedDataParallel, whose last tag is 25.05, and it is not "
-    "installed here (the package of that name on PyPI is another one); --ddp torch does the same"
-)
 # For all processes to be started; somebody who forgot one should not wait for a day.
 _MEETING = timedelta(minutes=10)
 # Processes may be far apart in their work, as on images that are harder to certify. A process that died is noticed
@@ -289,34 +285,3 @@ def share(value: T) -> T:
 def shard(images: ImageSet) -> ImageSet:
     """This process's fixed part of a set: every image is in one part, and their sizes differ by one at most."""
     return images[rank() :: processes()]
-
-
-# --- gradients -------------------------------------------------------------------------------------------------------
-
-
-def wrap(module: nn.Module, engine: str) -> nn.Module:
-    """The module, such that backward leaves the mean over all processes in the gradients of its parameters.
-
-    The parameters start as the main process's. Only what `forward` computes takes part.
-
-    engine: `torch`, PyTorch's DistributedDataParallel; `apex`, NVIDIA's; or `auto`, PyTorch's.
-
-    Raises:
-        InputError: if apex is asked for and cannot be had.
-    """
-    if engine == "apex":
-        return _apex()(module)
-    if processes() == 1:
-        return module
-    device = next(module.parameters()).device
-    return nn.parallel.DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
-
-
-def _apex() -> type[nn.Module]:
-    try:
-        from apex.parallel import DistributedDataParallel
-    except Exception:  # the unrelated package of that name fails in ways of its own
-        raise InputError(NO_APEX) from None
-    if not dist.is_initialized() or not torch.cuda.is_available():
-        raise InputError("--ddp apex works with several processes on GPUs only")
-    return DistributedDataParallel

@@ -14,6 +14,7 @@ from local_bound import propagate
 from locallip import distributed
 from locallip.bound.power_iteration import PowerIteration
 from locallip.images import ImageSet
+from locallip.training.gradients import wrap
 from locallip.training.run import train
 from locallip.training.shares import count_batches, loss_weights
 from locallip.training.step import RobustLoss, Step, Tally
@@ -63,7 +64,7 @@ def one_step(name):
     own = slice(distributed.rank(), None, distributed.processes())
     norms = PowerIteration(3, {p: v[own] for p, v in vectors.items()}, seed=0, local_positions=positions)
     (x, y, _), *_ = distributed.shard(images).batches(IMAGES)
-    module = distributed.wrap(RobustLoss(model, norms, **LOSSES[name]), "auto")
+    module = wrap(RobustLoss(model, norms, **LOSSES[name]), "auto")
     optimizer = torch.optim.Adam(model.parameters())
     loss, logits, worst = module(x.double(), y, 0.3, 0.4)
     sizes = distributed.gather(len(y))

@@ -20,6 +20,7 @@ from locallip.files import InputError, ScriptError, check_writable, exists
 from locallip.images import Augmentation, ImageSet
 from locallip.training.averaging import AveragedModel
 from locallip.training.files import RunFiles, best_row, better, errors
+from locallip.training.gradients import wrap
 from locallip.training.optimizers import OPTIMIZERS, set_rate
 from locallip.training.recording import RecordedStep, ahead, in_cuda_graph
 from locallip.training.resuming import own_shuffle, refuse_other_arguments
@@ -128,7 +129,7 @@ class _Run:
     def _step(self) -> Step | RecordedStep:
         """The step of the training, with room for the vectors of its images, compiled where that pays."""
         args = self.args
-        loss = distributed.wrap(RobustLoss.from_arguments(self.model, self.norms, args), args.ddp)
+        loss = wrap(RobustLoss.from_arguments(self.model, self.norms, args), args.ddp)
         image, _, _ = next(self.training_set[:1].batches(1))
         layout = Layout.of(self.model, image, self.norms.local_positions)
         with distributed.all_or_none():
