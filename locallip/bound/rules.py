@@ -132,6 +132,8 @@ def _refuse_numbers(layer: nn.Module, place: Place, activation: Activation) -> N
     """Refuse constants that would make boxes and balls smaller than nothing."""
     known = {name: getattr(activation, name) for name in ("lipschitz", "rounding", "relative_rounding")}
     for name, number in known.items():
+        if isinstance(number, Tensor) and not _is_ours(_RULES[type(layer)]):
+            number = number.item() if number.numel() == 1 else math.nan
         if not isinstance(number, Tensor | None) and not (isinstance(number, Real) and 0 <= number < math.inf):
             refuse(place, layer, f"its rule must give a finite {name} of 0 or more, and gives {number}")
 

@@ -199,6 +199,25 @@ def test_rounding_that_makes_boxes_smaller_is_refused(rounding):
 
 
 @pytest.mark.parametrize(
+    "constant", [-1.0, math.nan, torch.tensor(-1.0), torch.tensor(math.nan), torch.ones(2)], ids=str
+)
+def test_a_constant_that_makes_balls_smaller_is_refused(constant):
+    class Steep(Activation):
+        lipschitz, rounding = constant, 0.0
+
+        def __call__(self, x):
+            return x.relu()
+
+        def varying(self, lower, upper):
+            return upper > 0
+
+    rule(Odd)(lambda layer, place: Steep())
+    for ask in (certify_with_odd, lambda: check_rule(Odd(), (3,))):
+        with pytest.raises(TypeError, match="must give a finite lipschitz of 0 or more"):
+            ask()
+
+
+@pytest.mark.parametrize(
     "reorders", [lambda x: x.flip(1), lambda x: 2 * x, lambda x: x[:, :1].expand_as(x), lambda x: x[:, :2]]
 )
 def test_a_reshape_that_does_more_than_rename_is_refused(reorders):
