@@ -31,7 +31,7 @@ from benchmarks.certification import processor, refuse_existing, timed
 from data_load import DATA_SETS
 from local_bound import propagate, prove
 from locallip import devices, distributed, flags
-from locallip.bound.fused import compile_activations
+from locallip.bound.compiled import compile_all
 from locallip.bound.power_iteration import PowerIteration
 from locallip.bound.proof import proven_norms
 from locallip.bound.worst_case import global_radius
@@ -219,7 +219,7 @@ def main() -> None:
     refuse_existing(path, options.overwrite)
     device = devices.select_device(options.device)
     if options.compile == "yes":
-        compile_activations()
+        compile_all()
     results = []
     for number, job in enumerate(options.recipes, start=1):
         print(f"{number} of {len(options.recipes)}: {job}", file=sys.stderr, flush=True)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 import utils
 from local_bound import propagate
-from locallip.bound import fused
+from locallip.bound import tensors
+from locallip.bound.compiled import as_they_stand, compile_all
 from locallip.bound.power_iteration import PowerIteration
 from locallip.images import channels_last
 from locallip.training.step import Layout, RobustLoss, Step
@@ -20,14 +21,14 @@ VERSIONS = 2 * (2 + 3)
 
 
 @pytest.fixture
-def compiled(monkeypatch):
+def compiled():
     """Compiled passes, put back behind the test, that must not reach the limit of recompilations."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(fused, "_PASSES", dict(fused._PASSES))
-    fused.compile_activations()
+    compile_all()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        yield dict(fused._PASSES)
+        yield
+    as_they_stand()
     torch._dynamo.reset()
 
 
@@ -59,4 +60,26 @@ def test_a_training_compiles_once_per_kind_of_activation_and_not_per_layer_or_ba
     train(3)
     train(1)
     assert compilations() == known
-    assert compiled == fused._PASSES
+
+
+@pytest.mark.filterwarnings("error:no compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_unit_vectors_as_a_gpu_makes_them(compiled, dtype, is_masked):
+    torch.manual_seed(0)
+    for shape in [(3, 4, 6, 5), (2, 4, 3, 3), (1, 4, 6, 5), (3, 1, 6, 5), (3, 7), (1, 7)]:
+        x = torch.randn(shape, dtype=dtype)
+        x[-1] = 0
+        if len(x) > 2:
+            x[0, 0].view(-1)[0] = 3e38  # its square is infinite
+        mask = (torch.rand(shape) < 0.8).to(dtype) if is_masked else None
+        if len(x) > 2 and is_masked:
+            mask[0, 0].view(-1)[0] = 1
+        for order in [torch.contiguous_format, torch.channels_last][: x.dim() // 2]:
+            given = x.contiguous(memory_format=order)
+            vectors, length = tensors._unit_of_rows(given.clone(), mask)
+            expected, expected_length = tensors._unit.plain(given.clone(), mask)
+            torch.testing.assert_close(vectors, expected, equal_nan=True)
+            torch.testing.assert_close(length, expected_length, equal_nan=True)
+            assert length[0].isnan() == (len(x) > 2)
+    assert 0 < compilations() <= 3  # for one image, whose entries are one channel or more, and for several

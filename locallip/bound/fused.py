@@ -3,8 +3,7 @@
 Between two linear layers the walk (`walk.py`) intersects two boxes, clips three tensors (for MaxMin it sorts pairs
 first), marks what can vary and takes middle and half-width: operation by operation some thirty passes over memory, on a
 CPU as expensive as the convolutions. In `fused_formulas` forward and backward pass are written out as plain tensor
-arithmetic, which saves nothing but its inputs. `compile_activations` has `torch.compile` make one pass over memory of
-each; where there is no compiler they run as they stand.
+arithmetic, which saves nothing but its inputs; compiled (`compiled.py`) each makes one pass over memory.
 
 At a tie between the two boxes, or between the two of a pair, the gradient goes to one side; at a threshold it goes to
 the threshold.
@@ -12,18 +11,16 @@ the threshold.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-import torch.fx.experimental._config
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from locallip.bound import fused_formulas as formulas
+from locallip.bound.compiled import Compilable
 from locallip.bound.fused_formulas import Threshold
-from locallip.bound.seen import first_line
 
 
 class Clipping(Protocol):
@@ -65,16 +62,6 @@ def activation(x: Tensor, clip: Clipping) -> Tensor:
     return _as_before(out, entries, clip.pairs).reshape(x.shape)
 
 
-def compile_activations() -> None:
-    """Compile all passes for this process, at their first use, which takes some ten seconds for each.
-
-    Without a compiler they run as they stand, and a warning says so.
-    """
-    # By activation, rank and number of stacked tensors a pass has up to nine versions for float32 alone.
-    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-    _PASSES.update({name: _compiled(function) for name, function in _PLAIN_PASSES.items()})
-
-
 # --- one layout for all layers, so that a pass is compiled once and not for every layer ------------------------------
 
 
@@ -107,18 +94,13 @@ def _broadcast(x: Tensor, clip: Clipping) -> tuple[Tensor, Threshold, Threshold]
 
 # --- their autograd functions ----------------------------------------------------------------------------------------
 
-_PLAIN_PASSES: dict[str, Callable[..., Any]] = {
-    "activation": formulas.clipped,
-    "activation backward": formulas.clipped_backward,
-    "forward": formulas.forward,
-    "backward": formulas.backward,
-}
-_PASSES = dict(_PLAIN_PASSES)
+_CLIPPED, _CLIPPED_BACKWARD = Compilable(formulas.clipped), Compilable(formulas.clipped_backward)
+_FORWARD, _BACKWARD = Compilable(formulas.forward), Compilable(formulas.backward)
 
 
-def _pass(name: str, images: int) -> Callable[..., Any]:
-    """A pass, compiled or not. For one image alone it would be compiled anew, which does not pay."""
-    return (_PASSES if images > 1 else _PLAIN_PASSES)[name]
+def _pays(images: Tensor) -> bool:
+    """Whether to run compiled. For one image alone all would be compiled anew."""
+    return len(images) > 1
 
 
 class _Activation(torch.autograd.Function):
@@ -127,15 +109,14 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, low, high, pairs):  # noqa: ANN001, ANN205
         _save(ctx, (x,), low, high, pairs)
-        return _pass("activation", len(x))(x, low, high, pairs)
+        return _CLIPPED(x, low, high, pairs, pays=_pays(x))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # noqa: ANN001, ANN205
         (x,), low, high = _saved(ctx)
-        grads = _pass("activation backward", len(x))(
-            grad.contiguous(), x, low, high, ctx.pairs, any(ctx.needs_input_grad[1:3])
-        )
+        by_thresholds = any(ctx.needs_input_grad[1:3])
+        grads = _CLIPPED_BACKWARD(grad.contiguous(), x, low, high, ctx.pairs, by_thresholds, pays=_pays(x))
         return grads[0], _sum_to(grads[1], low), _sum_to(grads[2], high), None
 
 
@@ -143,7 +124,7 @@ class _ThroughActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, stack, half, reach, low, high, pairs):  # noqa: ANN001, ANN205
         _save(ctx, (stack, half, reach), low, high, pairs)
-        stack, half, varying = _pass("forward", len(half))(stack, half, reach, low, high, pairs)
+        stack, half, varying = _FORWARD(stack, half, reach, low, high, pairs, pays=_pays(half))
         ctx.mark_non_differentiable(varying)
         ctx.set_materialize_grads(False)
         return stack, half, varying
@@ -154,8 +135,8 @@ class _ThroughActivation(torch.autograd.Function):
         (stack, half, reach), low, high = _saved(ctx)
         grad_stack = half.new_zeros(2, *half.shape) if grad_stack is None else grad_stack.contiguous()
         grad_half = torch.zeros_like(half) if grad_half is None else grad_half.contiguous()
-        *grads, grad_low, grad_high = _pass("backward", len(half))(
-            grad_stack, grad_half, stack, half, reach, low, high, ctx.pairs
+        *grads, grad_low, grad_high = _BACKWARD(
+            grad_stack, grad_half, stack, half, reach, low, high, ctx.pairs, pays=_pays(half)
         )
         return *grads, _sum_to(grad_low, low), _sum_to(grad_high, high), None
 
@@ -179,21 +160,3 @@ def _sum_to(grad: Tensor | None, threshold: Threshold) -> Tensor | None:
     if grad is None or len(threshold) == len(grad):
         return grad
     return (grad.new_ones(1, len(grad)) @ grad.flatten(1)).view(1, *grad.shape[1:])
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function compiled for all shapes, or all passes as they stand from the first failure to compile one."""
-    compiled = torch.compile(function, dynamic=True)
-
-    def call(*args: Tensor | float | bool) -> Any:
-        # What has a gradient, or is a parameter, would be compiled anew; so would sizes that happened to be equal.
-        args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
-        try:
-            with torch.fx.experimental._config.patch(use_duck_shape=False):
-                return compiled(*args)
-        except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
-            warnings.warn(f"no compiler, going on without: {first_line(error)[:160]}", stacklevel=1)
-            _PASSES.update(_PLAIN_PASSES)
-            return function(*args)
-
-    return call

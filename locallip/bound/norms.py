@@ -31,6 +31,8 @@ class Arithmetic:
         own: unit roundoff of the walk's own arithmetic; 0 takes it as exact.
         deployed: the same of the network that the bound is for.
         factors: what convolutions round their factors to before they multiply, such as torch.bfloat16; None: nothing.
+        looks_for_underflow: whether a product of norms that is exact but for underflow is NaN where that has made it
+            too small. Training does not look: that takes a GPU longer than the product.
 
     Raises:
         ValueError: where factors are rounded though rounding has to be allowed for.
@@ -39,6 +41,7 @@ class Arithmetic:
     own: float = 0.0
     deployed: float = 0.0
     factors: torch.dtype | None = None
+    looks_for_underflow: bool = True
 
     def __post_init__(self) -> None:
         if self.factors is not None and self.allows_for_rounding:

@@ -49,6 +49,7 @@ class PowerIteration:
             How much work there is then depends on the data, so that a CUDA device has to be waited for.
         factors: what convolutions round their factors to, see `norms.Arithmetic`.
         ascend: see above; needs two iterations at least to make a difference.
+        looks_for_underflow: see `norms.Arithmetic`.
 
     Raises:
         TypeError, ValueError: for iterations that are no whole number of at least 1.
@@ -66,13 +67,14 @@ class PowerIteration:
         skip_idle_masks: bool = False,
         factors: torch.dtype | None = None,
         ascend: bool = False,
+        looks_for_underflow: bool = True,
     ):
         refuse_whole_number("the number of power iterations", iterations, 1)
         self.iterations = iterations
         self.local_positions = local_positions
         self.skip_idle_masks = skip_idle_masks
         self._improve = _ascent if ascend else _power
-        self.arithmetic = Arithmetic(factors=factors)
+        self.arithmetic = Arithmetic(factors=factors, looks_for_underflow=looks_for_underflow)
         self.local_vectors = dict(local_vectors or {})
         self.global_vectors = dict(global_vectors or {})
         self._generator = torch.Generator().manual_seed(seed)
@@ -150,17 +152,17 @@ class PowerIteration:
         def forward(u: Tensor) -> Tensor:
             return _switch_off(scaled.apply(u.to(products)).to(dtype), rows)
 
-        def backward(v: Tensor) -> Tensor:
-            return _switch_off(scaled.adjoint(v.to(products)).to(dtype), columns)
+        def backward(v: Tensor) -> Tensor:  # still to be switched off by the columns
+            return scaled.adjoint(v.to(products)).to(dtype)
 
         with torch.no_grad():
             on_input = start.shape[1:] == operator.input_shape
-            u = _begin(start, columns) if on_input else unit(backward(_begin(start, rows)))[0]
+            u = _begin(start, columns) if on_input else unit(backward(_begin(start, rows)), columns)[0]
             v = forward(u)
             for _ in range(self.iterations - 1):
-                u, v = self._improve(u, v, forward, backward)
+                u, v = self._improve(u, v, forward, backward, columns)
             if on_input:
-                u, length = unit(backward(v))
+                u, length = unit(backward(v), columns)
                 shrink = reciprocal(length_before := lengths(v))
                 norm = torch.where(length_before == 0, 0, length / length_before)
                 kept = _kept(u, start)
@@ -169,20 +171,21 @@ class PowerIteration:
                 shrink = torch.ones_like(norm)
                 kept = _kept(v, start)
             scale = operator.scale
-            norm = underflow_to_nan(infinite_to_nan((norm * scale).to(scale.dtype)), norm)
+            product = infinite_to_nan((norm * scale).to(scale.dtype))
+            norm = underflow_to_nan(product, norm) if self.arithmetic.looks_for_underflow else product
         vectors = (vector.to(products) for vector in (u, v, shrink))
         return _SingularValue.apply(operator.weight, operator, *vectors, norm), kept.to(given)
 
 
-def _power(u: Tensor, v: Tensor, forward: Product, backward: Product) -> tuple[Tensor, Tensor]:
+def _power(u: Tensor, v: Tensor, forward: Product, backward: Product, columns: Tensor | None) -> tuple[Tensor, Tensor]:
     """The next vector of power iteration, and its image. v: the image of u."""
-    u, _ = unit(backward(v))
+    u, _ = unit(backward(v), columns)
     return u, forward(u)
 
 
-def _ascent(u: Tensor, v: Tensor, forward: Product, backward: Product) -> tuple[Tensor, Tensor]:
+def _ascent(u: Tensor, v: Tensor, forward: Product, backward: Product, columns: Tensor | None) -> tuple[Tensor, Tensor]:
     """The unit vector of the longest image in the plane of u and W^T v, and that image. v: the image of u."""
-    gradient, size = backward(v), lengths(u).to(u.dtype)
+    gradient, size = _switch_off(backward(v), columns), lengths(u).to(u.dtype)
     along = torch.where(size == 0, 0, _dot(gradient, u) / size**2)
     uphill = gradient - per_image(along, u) * u
     length = lengths(uphill).to(u.dtype)

@@ -65,7 +65,7 @@ class Region:
         """
         radius, rows = radius.view(-1, *[1] * len(operator.output_shape)), operator.row_norms()
         reach = radius * rows
-        lost = underflows(reach, radius, rows).flatten(1).any(dim=1)
+        factors = radius, rows
         stack, half = self.stack, self.half
         if half.shape[1:] == operator.input_shape:
             half = operator.absolute(half)
@@ -76,7 +76,7 @@ class Region:
             half = ForEveryImage.apply(row, half.view(-1, *[1] * len(operator.output_shape)))
         if isinstance(rounding, Tensor) or rounding:  # a sum with 0 would be a pass over memory
             half, reach = half + rounding, reach + rounding
-        return UncutRegion(operator.affine(stack), half, reach, lost)
+        return UncutRegion(operator.affine(stack), half, reach, factors)
 
 
 class CenteredRegion(Region):
@@ -104,11 +104,16 @@ class UncutRegion(Region):
     Attributes:
         uncut_stack, uncut_half: centre, middle and half-width of the box, before the intersection.
         reach: half-width of the ball's own box.
+        factors: what `reach` is the product of, but for rounding that it allows for.
     """
 
-    def __init__(self, uncut_stack: Tensor, uncut_half: Tensor, reach: Tensor, lost: Tensor | None = None):
-        self.uncut_stack, self.uncut_half, self.reach, self.lost = uncut_stack, uncut_half, reach, lost
+    def __init__(self, uncut_stack: Tensor, uncut_half: Tensor, reach: Tensor, factors: tuple[Tensor, ...] = ()):
+        self.uncut_stack, self.uncut_half, self.reach, self._factors = uncut_stack, uncut_half, reach, factors
         self.center, self._middle = uncut_stack[: len(uncut_half)], uncut_stack[-len(uncut_half) :]
+
+    @cached_property
+    def lost(self) -> Tensor | None:  # only looked at where no rounding is allowed for
+        return underflows(self.reach, *self._factors).flatten(1).any(dim=1) if self._factors else None
 
     @cached_property
     def lower(self) -> Tensor:

@@ -36,9 +36,16 @@ _SMALLEST_PRODUCT = 1e-150
 
 
 class ExactArithmetic:
-    """Nothing is rounded: what training and the published protocol assume."""
+    """Nothing is rounded: what training and the published protocol assume.
+
+    Args:
+        looks_for_underflow: see `norms.Arithmetic`.
+    """
 
     distance = 0.0
+
+    def __init__(self, looks_for_underflow: bool = True):
+        self._looks = looks_for_underflow
 
     def widening(self, x: Tensor, half: Tensor) -> float:
         """By how much the first box has to grow."""
@@ -50,7 +57,7 @@ class ExactArithmetic:
 
     def product(self, norm: Tensor, other: Tensor) -> Tensor:
         """A product of norms that underflow has not made too small; NaN where only that can be said."""
-        return underflow_to_nan(norm * other, norm, other)
+        return underflow_to_nan(norm * other, norm, other) if self._looks else norm * other
 
     def behind_layer(
         self, operator: LinearOperator, norm: Tensor, absolute: Tensor | None, length: Tensor | None

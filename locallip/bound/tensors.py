@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from locallip.bound.compiled import Compilable
+
 
 def entries(x: Tensor) -> tuple[int, ...]:
     """All dimensions but the images'; to flatten them would copy what is in channels-last order."""
@@ -27,8 +29,26 @@ def masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask, x, 0)
 
 
-def unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x / ||x|| for every image, zero where ||x|| is zero, in place, and the lengths (N,). x: (N, ...)."""
+def unit(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x / ||x|| for every image, zero where ||x|| is zero, and the lengths (N,); x is overwritten.
+
+    x: (N, ...). mask: of numbers 0 and 1, which x is multiplied by before.
+    """
+    return _unit_of_rows(x, mask) if x.is_cuda else _unit.plain(x, mask)
+
+
+def _unit_of_rows(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`_unit` compiled once for the shapes of all layers; what is in channels-last order is not copied."""
+    if x.dim() < 3:
+        return _unit(x, mask, pays=True)
+    rows = (None if t is None else t.movedim(1, -1).flatten(1) for t in (x, mask))
+    vectors, length = _unit(*rows, pays=True)
+    return vectors.unflatten(1, (*x.shape[2:], x.shape[1])).movedim(-1, 1), length
+
+
+@Compilable
+def _unit(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    x = x if mask is None else x.mul_(mask)
     length = lengths(x)
     # Where the length is 0 every entry is, and any factor does.
     factor = length.clamp(min=torch.finfo(length.dtype).tiny).reciprocal()

@@ -113,6 +113,8 @@ class _Walk:
         self._layers: list[HiddenLayer] | None = [] if keep_layers else None
         self.epsilon, self.norms, self.sparse_threshold = epsilon, norms, sparse_threshold
         self._allows = norms.arithmetic.allows_for_rounding
+        # Masks read off a box that underflow has made a point would be wrong; one that allows for rounding is larger.
+        self._looks = norms.arithmetic.looks_for_underflow and not self._allows
         self._fused = fused and not self._allows
         self._sparsity = None if sparse_threshold is None else epsilon.new_zeros(())
         self._local_norms: dict[Position, Tensor] = {}
@@ -124,7 +126,8 @@ class _Walk:
         """At the images x (N, ...)."""
         arithmetic, none, one = self.norms.arithmetic, torch.zeros_like(self.epsilon), torch.ones_like(self.epsilon)
         rounding, deployed = (
-            Rounding(u, none) if u else ExactArithmetic() for u in (arithmetic.own, arithmetic.deployed)
+            Rounding(u, none) if u else ExactArithmetic(arithmetic.looks_for_underflow)
+            for u in (arithmetic.own, arithmetic.deployed)
         )
         region = self._first_region(x, clip, rounding) if box else Point(x, self.epsilon)
         return State(region, one, one, self.epsilon.new_ones(()), rounding, deployed)
@@ -167,8 +170,7 @@ class _Walk:
         region = region.of_radius(rounding.product(self.epsilon, whole) + rounding.distance)
         still_open = Open(operator, norm, state.columns, None if self._layers is None else region)
         local = state.local
-        if region.lost is not None and not self._allows:
-            # Masks read off such a box would be wrong; where rounding is allowed for, it has been made larger.
+        if self._looks and region.lost is not None:
             local = torch.where(region.lost, torch.nan, local)
         return State(region, local, state.lowest, whole, rounding, deployed, None, still_open)
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from locallip import distributed
-from locallip.bound.fused import compile_activations
+from locallip import devices, distributed
+from locallip.bound.compiled import compile_all
 from locallip.bound.power_iteration import PowerIteration
 from locallip.checkpoints import find_checkpoint, load_checkpoint, load_weights
 from locallip.files import InputError, ScriptError, check_writable, exists
@@ -124,6 +124,7 @@ class _Run:
             skip_idle_masks=self.device.type == "cpu",
             factors=torch.bfloat16 if args.bfloat16 else None,
             ascend=args.ascend,
+            looks_for_underflow=False,
         )
 
     def _step(self) -> Step | RecordedStep:
@@ -137,7 +138,7 @@ class _Run:
             self.finds_vectors_anew = args.resume and not self._has_kept(stored)
         pays = layout.activations * len(self.training_set) * (args.epochs - self.epoch) >= COMPILE_FROM
         if args.compile == "yes" or (args.compile == "auto" and pays):
-            compile_activations()
+            compile_all()
         step = Step(loss, self.norms, stored, self.optimizer)
         if args.cuda_graph == "no":
             return step
@@ -164,7 +165,9 @@ class _Run:
                 started = time.perf_counter()
                 is_new = epoch == first and self.finds_vectors_anew
                 self.norms.iterations = max(args.sniter, RESUME_ITERATIONS) if is_new else args.sniter
-                row = self._train_epoch(epoch, bar) | self._validate(self._has_box(epoch))
+                with devices.tf32(args.bfloat16):
+                    row = self._train_epoch(epoch, bar)
+                row |= self._validate(self._has_box(epoch))
                 row["seconds"] = round(time.perf_counter() - started, 2)
                 self._finish_epoch(epoch, row)
         best = best_row(self.rows)

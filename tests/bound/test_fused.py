@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from local_bound import bcp_loss, propagate, worst_logits
-from locallip.bound import fused, worst_case
+from locallip.bound import compiled, fused, worst_case
 from locallip.bound.activations import Clip, ClippedMaxMin
 from locallip.bound.fused import activation, through_activation
 from locallip.bound.layers import ClampGroupSort, MaxMin, ReLU_x
@@ -155,15 +155,15 @@ def test_an_output_varies_where_nothing_is_known():
 
 
 @pytest.fixture
-def passes(monkeypatch):
-    """The two passes, put back behind the test."""
-    monkeypatch.setattr(fused, "_PASSES", dict(fused._PASSES))
-    return fused._PASSES
+def compilable():
+    """What can be compiled, as it stands again behind the test."""
+    yield compiled
+    compiled.as_they_stand()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("kind", ["relux", "maxmin", "clmaxmin"])
-def test_compiled_passes_compute_the_same(passes, kind):
+def test_compiled_passes_compute_the_same(compilable, kind):
     shape = SHAPES["map"]
     inputs, clip = [x.float().detach().requires_grad_() for x in make_inputs(shape)], make_clip(kind, shape)
     clip = type(clip)(*(x.float().detach() if isinstance(x, torch.Tensor) else x for x in (clip.low, clip.high)))
@@ -173,17 +173,17 @@ def test_compiled_passes_compute_the_same(passes, kind):
         results.append([stack, half, varying, *torch.autograd.grad((stack.sum() + half.square().sum()), inputs)])
         alone = activation(inputs[0], clip)
         results[-1] += [alone, *torch.autograd.grad(alone.square().sum(), inputs[0])]
-        fused.compile_activations()
-    assert passes["forward"] is not fused._PLAIN_PASSES["forward"]
-    for compiled, plainly in zip(*results):
-        torch.testing.assert_close(compiled, plainly)
+        compilable.compile_all()
+    assert fused._FORWARD.compiled
+    for result, plainly in zip(*results):
+        torch.testing.assert_close(result, plainly)
 
 
 WITHOUT_COMPILER = """
 import torch, warnings
-from locallip.bound import fused
+from locallip.bound import compiled, fused
 from locallip.bound.activations import Clip
-fused.compile_activations()
+compiled.compile_all()
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     for _ in range(2):
