@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import utils
 from local_bound import propagate
-from locallip.bound import tensors
+from locallip.bound import tensors, worst_case
 from locallip.bound.compiled import as_they_stand, compile_all
 from locallip.bound.power_iteration import PowerIteration
 from locallip.images import channels_last
@@ -83,3 +83,15 @@ def test_unit_vectors_as_a_gpu_makes_them(compiled, dtype, is_masked):
             torch.testing.assert_close(length, expected_length, equal_nan=True)
             assert length[0].isnan() == (len(x) > 2)
     assert 0 < compilations() <= 3  # for one image, whose entries are one channel or more, and for several
+
+
+@pytest.mark.filterwarnings("error:no compiler")
+def test_rounds_of_pinning_as_a_gpu_takes_them(compiled):
+    torch.manual_seed(0)
+    for images in (4, 3):
+        length, depth, pinned = torch.rand(images, 5, 64), torch.rand(images, 5, 64), torch.rand(images, 5, 64) < 0.3
+        given = pinned, length, depth, length.square(), depth.square(), 3 + torch.rand(images, 1, 1)
+        leaves = worst_case._leaves(*given, pays=True)
+        assert 0 < leaves.sum() < leaves.numel()
+        assert (leaves != worst_case._leaves(*given, pays=False)).sum() <= 1  # a sum in another order
+    assert compilations() == 1

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from locallip.bound.bound import Bound
 from locallip.bound.checks import refuse_labels, refuse_whole_number
+from locallip.bound.compiled import Compilable
 from locallip.bound.operators import Dense
 
 
@@ -101,14 +102,22 @@ def _pinned(direction: Tensor, face: Tensor, radius: Tensor, rounds: int) -> Ten
     recorded = direction.is_cuda and torch.cuda.is_current_stream_capturing()
     rounds_per_look = rounds + 1 if recorded else _ROUNDS_PER_LOOK.get(direction.device.type, 1)
     for number in range(1, rounds + 1):
-        radius_left = radius**2 - torch.where(pinned, depth_squared, 0).sum(dim=2, keepdim=True)
-        free = torch.where(pinned, 0, length_squared).sum(dim=2, keepdim=True)
-        scale = radius_left.clamp(min=0).sqrt() / free.sqrt()  # (N, K, 1); infinite or NaN once nothing is free
-        leaves = length * scale > depth
+        leaves = _leaves(pinned, length, depth, length_squared, depth_squared, radius, pays=direction.is_cuda)
         if number % rounds_per_look == 0 and not (leaves & ~pinned).any():
             break
         pinned |= leaves
     return pinned
+
+
+@Compilable
+def _leaves(
+    pinned: Tensor, length: Tensor, depth: Tensor, length_squared: Tensor, depth_squared: Tensor, radius: Tensor
+) -> Tensor:
+    """Which entries (N, K, H) the longest step leaves the box at, those that are pinned staying on their faces."""
+    radius_left = radius**2 - torch.where(pinned, depth_squared, 0).sum(dim=2, keepdim=True)
+    free = torch.where(pinned, 0, length_squared).sum(dim=2, keepdim=True)
+    scale = radius_left.clamp(min=0).sqrt() / free.sqrt()  # (N, K, 1); infinite or NaN once nothing is free
+    return length * scale > depth
 
 
 def _sqrt(x: Tensor) -> Tensor:
