@@ -39,12 +39,24 @@ _BEGINNING_OF_TORCH_SAVE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # without
 
 
 def save_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
-    """Write a checkpoint under a temporary name, then rename it.
+    """Write a checkpoint under a temporary name, then rename it. Its tensors are saved as of the CPU.
 
     Raises:
         InputError: if the place cannot be written to.
     """
-    write_atomically(path, lambda temporary: torch.save(dict(checkpoint), temporary))
+    content = _on_cpu(dict(checkpoint))
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def _on_cpu(value: Any) -> Any:
+    """The same with all tensors on the CPU, so that a plain torch.load of it needs no GPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return type(value)((key, _on_cpu(entry)) for key, entry in value.items())
+    if isinstance(value, list | tuple):
+        return type(value)(_on_cpu(entry) for entry in value)
+    return value
 
 
 def find_checkpoint(name: str) -> Path:
