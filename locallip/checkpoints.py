@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import re
 import warnings
@@ -53,7 +54,9 @@ def _on_cpu(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.cpu()
     if isinstance(value, dict):
-        return type(value)((key, _on_cpu(entry)) for key, entry in value.items())
+        result = copy.copy(value)  # and what a state dict says of its modules
+        result.update((key, _on_cpu(entry)) for key, entry in value.items())
+        return result
     if isinstance(value, list | tuple):
         return type(value)(_on_cpu(entry) for entry in value)
     return value

@@ -5,6 +5,7 @@ import resource
 import struct
 import zipfile
 from argparse import Namespace
+from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -30,6 +31,30 @@ def full_disk():
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class OfAnotherDevice(torch.Tensor):
+    """Stands for a tensor that has to be brought to the CPU."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_a_checkpoint_of_a_gpu_needs_none_to_be_loaded(tmp_path):
+    def elsewhere():
+        return torch.arange(3.0).as_subclass(OfAnotherDevice)
+
+    optimizer = {"state": {0: {"step": elsewhere()}}, "param_groups": [{"lr": 0.1, "betas": (0.9, elsewhere())}]}
+    state = OrderedDict({"0.weight": elsewhere()})
+    state._metadata = nn.Linear(1, 1).state_dict()._metadata
+    checkpoints.save_checkpoint(tmp_path / "net.pth", {"state_dict": state, "optimizer": optimizer, "epoch": 3})
+    loaded = torch.load(tmp_path / "net.pth", weights_only=True)
+    assert loaded["epoch"] == 3
+    assert loaded["state_dict"]._metadata == state._metadata
+    (group,) = loaded["optimizer"]["param_groups"]
+    assert group["lr"] == 0.1
+    kept = loaded["state_dict"]["0.weight"], loaded["optimizer"]["state"][0]["step"], group["betas"][1]
+    assert all(type(tensor) is torch.Tensor and tensor.tolist() == [0, 1, 2] for tensor in kept)
 
 
 def test_a_checkpoint_that_does_not_fit_on_the_disk_is_refused_and_leaves_the_old_one(tmp_path):

@@ -444,6 +444,20 @@ def test_a_training_log_beside_the_reports_gives_the_time_and_a_picture(reposito
     assert [path.name for path in (repository / "results").rglob("*.png")] == ["training.png"]
 
 
+@pytest.mark.parametrize("recorded", ["yes", "no"])
+def test_a_training_on_a_gpu_says_so_beside_its_time(repository, finish, recorded, monkeypatch):
+    for job in ("mnist-4c3f", "mnist-fast"):
+        finish(job, trained={"cuda_graph": recorded if job == "mnist-4c3f" else "no"})
+        (repository / "results" / job / "epochs.csv").write_text(EPOCHS)
+    places = {}
+    monkeypatch.setattr(
+        pictures, "over_minutes", lambda axes, trainings: places.update({t.row.job: t.place for t in trainings})
+    )
+    table_script.main()
+    assert ("2.0 h on a GPU |" in row(repository, "mnist-4c3f")) == (recorded == "yes")
+    assert places == {"mnist-4c3f": " on a GPU" if recorded == "yes" else "", "mnist-fast": ""}
+
+
 @pytest.mark.parametrize(("epochs", "said"), [(3, False), (4, True)])
 def test_a_training_whose_log_ends_early_says_where(repository, finish, epochs, said):
     finish("mnist-4c3f", epochs=epochs)

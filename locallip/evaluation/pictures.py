@@ -183,7 +183,7 @@ def over_minutes(axes: Axes, trainings: Sequence[Training]) -> None:
         minutes = training.before + np.cumsum([epoch["seconds"] for epoch in epochs]) / 60
         certified = [100 * (1 - epoch["validation_certified_error"]) for epoch in epochs]
         after = f" after {row.after}" if row.after else ""
-        label = f"{row.job}, {len(epochs)} of {row.epochs} epochs{after}"
+        label = f"{row.job}, {len(epochs)} of {row.epochs} epochs{training.place}{after}"
         axes.plot(minutes, certified, style, color=color, label=label)
         if training.proven is not None:
             ends = [minutes[-1]] * 2, [certified[-1], training.proven]

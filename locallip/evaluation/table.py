@@ -74,12 +74,14 @@ class Training:
         epochs: rows of its log.
         before: minutes that the training took with whose weights it begins.
         proven: percent of the test images that are certified with its weights; None: nothing tells.
+        place: what it ran on, ` on a GPU`; empty: on a CPU, or nothing tells.
     """
 
     row: Row
     epochs: list[dict[str, float]]
     before: float = 0.0
     proven: float | None = None
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,14 @@ class Found:
         trained: how long, and whatever else forbids to compare a figure with the paper's as it stands.
         remarks: everything else in which the run differs from the recipe, and on what it was evaluated.
         proven: the last of the accuracies in percent; None: not run, or not on test images.
+        place: see `Training`.
     """
 
     accuracies: tuple[str, str, str, str]
     trained: str
     remarks: str
     proven: float | None = None
+    place: str = ""
 
 
 _NOT_RUN = Found(("not run", "", "", ""), "", "")
@@ -155,16 +159,17 @@ def _compiled(row: Row, by_report: dict[str, dict], epochs: list[dict[str, float
     details = dict.fromkeys(detail for summary in summaries for detail in _details(row, summary))
     if len({summary["checkpoint"]["sha256"] for summary in summaries}) > 1:
         warnings["the columns are of different checkpoints"] = None
+    training = summaries[0]["checkpoint"]["training"] or {}
+    place = " on a GPU" if training.get("cuda_graph") == "yes" else ""
     if epochs:
-        planned = (summaries[0]["checkpoint"]["training"] or {}).get("epochs", 0)
-        if len(epochs) < planned:
+        if len(epochs) < training.get("epochs", 0):
             warnings[f"stopped after {len(epochs)}"] = None
         seconds = [epoch["seconds"] for epoch in epochs]
-        warnings[f"{sum(seconds) / 3600:.1f} h"] = None
+        warnings[f"{sum(seconds) / 3600:.1f} h{place}"] = None
         details[f"{np.median(seconds):.0f} s an epoch"] = None
     tested = "proven" in by_report and not by_report["proven"]["arguments"].get("held_out")
     percent = by_report["proven"]["accuracy"]["certified"]["percent"] if tested else None
-    return Found((attacked, estimate, product, proven), ", ".join(warnings), "; ".join(details), percent)
+    return Found((attacked, estimate, product, proven), ", ".join(warnings), "; ".join(details), percent, place)
 
 
 def _percent(summary: dict, name: str) -> str:
@@ -300,8 +305,12 @@ def _trainings(rows: Sequence[Row], results: Path) -> list[Training]:
         before, epochs = logs[row.after]
         return minutes_before(before) + sum(epoch["seconds"] for epoch in epochs) / 60
 
-    found = [Training(row, epochs, minutes_before(row), _found(row, results).proven) for row, epochs in logs.values()]
-    return [training for training in found if not np.isnan(training.before)]
+    trainings = []
+    for row, epochs in logs.values():
+        found, before = _found(row, results), minutes_before(row)
+        if not np.isnan(before):
+            trainings.append(Training(row, epochs, before, found.proven, found.place))
+    return trainings
 
 
 def _with_block(path: Path, begin: str, block: str, end: str) -> str:
