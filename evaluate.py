@@ -205,7 +205,8 @@ def _evaluate_checkpoint(args: argparse.Namespace) -> dict[str, Outcome]:
             begun_with = argparse.Namespace(**run["arguments"])
             for number, (part, certificate) in enumerate(zip(found, certificates)):
                 how, stages = certificate.describe(part.counts), part.counts.get("seconds", np.empty(0)).tolist()
-                on = begun_with, model[-1].out_features, sha256, checkpoint.get("arguments")
+                trained = checkpoint.get("arguments"), checkpoint.get("hardware")
+                on = begun_with, model[-1].out_features, sha256, *trained
                 summary = summarize(part.outcome, *on, how, seconds, stages)
                 print(as_text(summary))
                 if args.out:

@@ -105,7 +105,7 @@ def summary_of():
 
     def summary_of(outcome, epsilon=0.3, training=None, certificate=ESTIMATE):
         args = argparse.Namespace(data="digits", epsilon=epsilon, device="cpu", out="results")
-        return summarize(outcome, args, 10, checkpoint, training, certificate, 12.345)
+        return summarize(outcome, args, 10, checkpoint, training, None, certificate, 12.345)
 
     return summary_of
 
@@ -331,6 +331,7 @@ def finish(repository):
         certified=54.56,
         certificate=None,
         trained=None,
+        trained_on=None,
         classes=None,
         **arguments,
     ):
@@ -343,7 +344,11 @@ def finish(repository):
             "images": images,
             "epsilon": arguments["epsilon"],
             "certificate": {"kind": kind, "power_iterations": 2000, "clip": False} | (certificate or {}),
-            "checkpoint": {"sha256": "0", "training": {"epochs": epochs} | (trained or {}) if training else None},
+            "checkpoint": {
+                "sha256": "0",
+                "training": {"epochs": epochs} | (trained or {}) if training else None,
+                **({} if trained_on is None else {"hardware": trained_on}),
+            },
             "hardware": "an abacus",
             **({} if classes is None else {"classes": classes}),
         }
@@ -444,18 +449,22 @@ def test_a_training_log_beside_the_reports_gives_the_time_and_a_picture(reposito
     assert [path.name for path in (repository / "results").rglob("*.png")] == ["training.png"]
 
 
-@pytest.mark.parametrize("recorded", ["yes", "no"])
-def test_a_training_on_a_gpu_says_so_beside_its_time(repository, finish, recorded, monkeypatch):
+@pytest.mark.parametrize(
+    ("recorded", "hardware", "says"),
+    [("yes", None, True), ("no", None, False), ("auto", "NVIDIA H200", True), ("auto", "CPU, 2 threads (x)", False)],
+)
+def test_a_training_on_a_gpu_says_so_beside_its_time(repository, finish, recorded, hardware, says, monkeypatch):
     for job in ("mnist-4c3f", "mnist-fast"):
-        finish(job, trained={"cuda_graph": recorded if job == "mnist-4c3f" else "no"})
+        is_first = job == "mnist-4c3f"
+        finish(job, trained={"cuda_graph": recorded if is_first else "no"}, trained_on=hardware if is_first else None)
         (repository / "results" / job / "epochs.csv").write_text(EPOCHS)
     places = {}
     monkeypatch.setattr(
         pictures, "over_minutes", lambda axes, trainings: places.update({t.row.job: t.place for t in trainings})
     )
     table_script.main()
-    assert ("2.0 h on a GPU |" in row(repository, "mnist-4c3f")) == (recorded == "yes")
-    assert places == {"mnist-4c3f": " on a GPU" if recorded == "yes" else "", "mnist-fast": ""}
+    assert ("2.0 h on a GPU |" in row(repository, "mnist-4c3f")) == says
+    assert places == {"mnist-4c3f": " on a GPU" if says else "", "mnist-fast": ""}
 
 
 @pytest.mark.parametrize(("epochs", "said"), [(3, False), (4, True)])

@@ -10,9 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
-import torch
 
 from locallip.bound.stages import is_by_dual
+from locallip.devices import hardware, select_device
 from locallip.evaluation.outcome import Outcome
 from locallip.evaluation.pgd import PGD_STEPS
 
@@ -25,6 +25,7 @@ def summarize(
     classes: int,
     checkpoint: str,
     training: dict | None,
+    trained_on: str | None,
     certificate: dict,
     seconds: float,
     stage_seconds: Sequence[float] = (),
@@ -32,13 +33,13 @@ def summarize(
     """The evaluation in numbers, ready for JSON.
 
     classes: that the network tells apart. checkpoint: the SHA-256 of the evaluated file. training: the
-    arguments it was trained with, if it knows. certificate: its `kind`, `proven` or `estimate`, and what belongs to it.
-    seconds: wall time. stage_seconds: the same of its stages.
+    arguments it was trained with, and trained_on: the hardware, if it knows. certificate: its `kind`, `proven` or
+    `estimate`, and what belongs to it. seconds: wall time. stage_seconds: the same of its stages.
     """
     by_dual = np.array([is_by_dual(name) for name in outcome.decided_by], dtype=bool)
     return {
         "arguments": vars(args),
-        "checkpoint": {"sha256": checkpoint, "training": training},
+        "checkpoint": {"sha256": checkpoint, "training": training, "hardware": trained_on},
         "images": len(outcome.label),
         "classes": classes,
         "epsilon": args.epsilon,
@@ -64,7 +65,7 @@ def summarize(
         "seconds": round(seconds, 1),
         "stage_seconds": [round(stage, 1) for stage in stage_seconds],
         "versions": versions(),
-        "hardware": _hardware(args.device),
+        "hardware": hardware(select_device(args.device)),
     }
 
 
@@ -90,13 +91,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _hardware(device: str) -> str:
-    if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' if threads > 1 else ''} ({platform.machine()})"
 
 
 def _accuracy(flags: np.ndarray) -> dict[str, Any]:

@@ -159,8 +159,7 @@ def _compiled(row: Row, by_report: dict[str, dict], epochs: list[dict[str, float
     details = dict.fromkeys(detail for summary in summaries for detail in _details(row, summary))
     if len({summary["checkpoint"]["sha256"] for summary in summaries}) > 1:
         warnings["the columns are of different checkpoints"] = None
-    training = summaries[0]["checkpoint"]["training"] or {}
-    place = " on a GPU" if training.get("cuda_graph") == "yes" else ""
+    training, place = summaries[0]["checkpoint"]["training"] or {}, _place(summaries[0]["checkpoint"])
     if epochs:
         if len(epochs) < training.get("epochs", 0):
             warnings[f"stopped after {len(epochs)}"] = None
@@ -170,6 +169,13 @@ def _compiled(row: Row, by_report: dict[str, dict], epochs: list[dict[str, float
     tested = "proven" in by_report and not by_report["proven"]["arguments"].get("held_out")
     percent = by_report["proven"]["accuracy"]["certified"]["percent"] if tested else None
     return Found((attacked, estimate, product, proven), ", ".join(warnings), "; ".join(details), percent, place)
+
+
+def _place(checkpoint: dict) -> str:
+    hardware = checkpoint.get("hardware")
+    if hardware is None:  # what came before it was noted
+        return " on a GPU" if (checkpoint["training"] or {}).get("cuda_graph") == "yes" else ""
+    return "" if hardware.startswith("CPU") else " on a GPU"
 
 
 def _percent(summary: dict, name: str) -> str:

@@ -98,7 +98,8 @@ def errors(row: Mapping[str, Any], name: str) -> tuple[float, float]:
 
 def _better_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The last epoch in the published layout, with the weights or their average, whichever have the smaller error."""
-    published = {name: checkpoint[name] for name in ("state_dict", "err", "epoch", "arguments")}
+    names = "state_dict", "err", "epoch", "arguments", "hardware"
+    published = {name: checkpoint[name] for name in names if name in checkpoint}  # older ones have no hardware
     row = checkpoint["rows"][-1]
     if better(row) == "validation":
         return published

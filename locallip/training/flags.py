@@ -100,8 +100,8 @@ def _step_flags(group: argparse._ArgumentGroup) -> None:
         "compile element-wise work, which takes up to a minute and a C++ compiler; auto: if the run is long enough"
     )
     flag("--compile", choices=["auto", "yes", "no"], default="auto", help=compiles)
-    records = "on one GPU, replay the step as a CUDA graph, in place of launching its many kernels one by one"
-    flag("--cuda_graph", choices=["yes", "no"], default="no", help=records)
+    records = "replay the step as a CUDA graph, in place of launching its many kernels one by one; auto: on one GPU"
+    flag("--cuda_graph", choices=["auto", "yes", "no"], default="auto", help=records)
     rounds = "convolutions of the training in bfloat16, where the device has fast ones; validation stays in float32"
     flag("--bfloat16", action="store_true", help=rounds)
     ddp = (

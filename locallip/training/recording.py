@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from locallip.files import ScriptError, first_line
 from locallip.training.step import Step
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -26,6 +27,9 @@ class RecordedStep:
     Args:
         step: in one process, on a CUDA device, which has its stored vectors too.
         record: `in_cuda_graph`, or what does the like elsewhere.
+
+    Raises:
+        ScriptError: at a step that cannot be recorded.
     """
 
     def __init__(self, step: Step, record: Record):
@@ -67,8 +71,12 @@ class _Recorded:
         self._rates = [torch.zeros((), device=device) for _ in step.optimizer.param_groups]
         before = step.norms.global_vectors
         self._vectors = {position: vector.clone() for position, vector in before.items()}
-        with _rates_in_memory(step.optimizer, self._rates):
-            self._replay = record(lambda: self._run(box))
+        try:
+            with _rates_in_memory(step.optimizer, self._rates):
+                self._replay = record(lambda: self._run(box))
+        except RuntimeError as error:
+            message = f"the step cannot be recorded as a CUDA graph ({first_line(error)}); train with --cuda_graph no"
+            raise ScriptError(message) from None
         step.norms.global_vectors = before  # what a recording leaves there was never computed
 
     def _run(self, box: bool) -> Batch:

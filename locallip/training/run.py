@@ -140,13 +140,12 @@ class _Run:
         if args.compile == "yes" or (args.compile == "auto" and pays):
             compile_all()
         step = Step(loss, self.norms, stored, self.optimizer)
-        if args.cuda_graph == "no":
-            return step
-        if self.device.type != "cuda" or stored.device != self.device or distributed.processes() > 1:
+        can_be_recorded = self.device.type == "cuda" and stored.device == self.device and distributed.processes() == 1
+        if args.cuda_graph == "yes" and not can_be_recorded:
             raise InputError(
                 "--cuda_graph yes needs one process, on a GPU that has room for the singular vectors; leave it out here"
             )
-        return RecordedStep(step, in_cuda_graph)
+        return RecordedStep(step, in_cuda_graph) if can_be_recorded and args.cuda_graph != "no" else step
 
     def train(self) -> None:
         first, args = self.epoch, self.args
@@ -256,6 +255,7 @@ class _Run:
         published = {"state_dict": self.model.state_dict(), "err": error, "epoch": self.epoch}
         return published | {
             "arguments": vars(self.args),
+            "hardware": devices.hardware(self.device),
             "optimizer": self.optimizer.state_dict(),
             "global_vectors": self.norms.global_vectors,
             "shuffle": shuffles,  # one row per process
@@ -273,7 +273,7 @@ class _Run:
 
     def _resume(self) -> None:
         checkpoint = self._load(self.files.checkpoint)
-        missing = self._checkpoint(0.0, self.shuffle.get_state()).keys() - checkpoint.keys()
+        missing = self._checkpoint(0.0, self.shuffle.get_state()).keys() - checkpoint.keys() - {"hardware"}
         if missing:
             raise InputError(f"{self.files.checkpoint} cannot be resumed: it has no {', '.join(sorted(missing))}")
         try:

@@ -61,7 +61,8 @@ def assert_consistent(files, epochs):
     assert checkpoint["err"] == errors[-1][0]
     assert best["err"] == min(errors)[0]
     assert best["epoch"] == 1 + errors.index(min(errors))
-    assert best.keys() == {"state_dict", "err", "epoch", "arguments"}
+    assert best.keys() == {"state_dict", "err", "epoch", "arguments", "hardware"}
+    assert best["hardware"].startswith("CPU, ")
     if best["epoch"] == epochs:
         assert all(torch.equal(best["state_dict"][name], w) for name, w in checkpoint["state_dict"].items())
 

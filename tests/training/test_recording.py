@@ -9,7 +9,7 @@ from recorder import record
 import utils
 from locallip.bound import worst_case
 from locallip.bound.power_iteration import PowerIteration
-from locallip.files import InputError
+from locallip.files import InputError, ScriptError
 from locallip.training.losses import LOSSES
 from locallip.training.optimizers import OPTIMIZERS, set_rate
 from locallip.training.recording import RecordedStep, ahead, in_cuda_graph
@@ -80,6 +80,15 @@ def test_the_optimizers_state_is_that_of_any_other_run(device):
     run(RecordedStep(step, record if device == "cpu" else in_cuda_graph), device, False)
     set_rate(step.optimizer, 1e-3)
     assert step.optimizer.state_dict()["param_groups"] == before
+
+
+def test_a_step_that_cannot_be_recorded_names_the_way_out():
+    def fail(function):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+
+    _, step = make("cpu", "gloro", "adam", False)
+    with pytest.raises(ScriptError, match=r"when stream is capturing\); train with --cuda_graph no$"):
+        run(RecordedStep(step, fail), "cpu", False)
 
 
 def test_without_a_gpu_there_is_nothing_to_record(runs):

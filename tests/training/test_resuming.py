@@ -130,7 +130,7 @@ def test_the_loss_of_a_run_from_before_there_was_a_choice_is_known(runs, gloro):
         own, other = other, own
     files = runs.train(*one_epoch, *own)
     checkpoint = checkpoints.load_checkpoint(files.checkpoint)
-    del checkpoint["arguments"]["loss"], checkpoint["arguments"]["loss_weight"]
+    del checkpoint["arguments"]["loss"], checkpoint["arguments"]["loss_weight"], checkpoint["hardware"]
     checkpoint["arguments"]["gloro"] = gloro
     checkpoints.save_checkpoint(files.checkpoint, checkpoint)
     runs.train(*one_epoch, *own, "--resume")
