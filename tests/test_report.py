@@ -121,7 +121,7 @@ def read_json(path):
 def test_the_summary_names_how_and_on_what_the_numbers_came_about(outcome, summary_of):
     summary = summary_of(outcome, training={"epochs": 300})
     sha256 = "88d4266fd4e6338d13b845fcf289579d209c897823b9217da3e161936f031589"
-    assert summary["checkpoint"] == {"sha256": sha256, "training": {"epochs": 300}}
+    assert summary["checkpoint"] == {"sha256": sha256, "training": {"epochs": 300}, "hardware": None}
     assert summary["arguments"]["data"] == "digits"
     assert summary["certificate"] == ESTIMATE
     assert (summary["images"], summary["classes"], summary["epsilon"], summary["seconds"]) == (4, 10, 0.3, 12.3)
