@@ -333,6 +333,7 @@ def finish(repository):
         trained=None,
         trained_on=None,
         classes=None,
+        decided_by=None,
         **arguments,
     ):
         found = {"clean": 71.23, "pgd": 65.0, "certified": certified, "certified_by_product": certified - 4}
@@ -350,6 +351,7 @@ def finish(repository):
                 **({} if trained_on is None else {"hardware": trained_on}),
             },
             "hardware": "an abacus",
+            "decided_by": decided_by or {},
             **({} if classes is None else {"classes": classes}),
         }
         path = repository / "results" / job / (report or kind) / "summary.json"
@@ -399,6 +401,18 @@ def test_proven_and_estimated_certificates_stand_side_by_side(repository, finish
     *_, estimate, product, proven, _ = cells(repository)
     assert (estimate, product, proven) == ("55.0", "50.6", "**54.6**")
     assert remarks(repository).count("an abacus") == 1
+
+
+@pytest.mark.parametrize(
+    ("stages", "shown"),
+    [(["global", "dual"], "50.6"), (["local, 25 Lanczos steps", "dual, 25 Lanczos steps"], "≥ 50.6")],
+)
+def test_what_the_product_proves_is_a_lower_end_where_the_dual_came_before_better_norms(
+    repository, finish, stages, shown
+):
+    finish(decided_by=dict.fromkeys(stages, 7))
+    *_, product, _, _ = cells(repository)
+    assert product == shown
 
 
 def test_a_report_on_the_product_alone_says_what_the_product_proves(repository, finish):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from locallip.bound.stages import is_by_dual
 from locallip.evaluation import pictures
 from locallip.files import InputError, write_atomically
 from locallip.training.files import better, errors
@@ -151,8 +152,7 @@ def _compiled(row: Row, by_report: dict[str, dict], epochs: list[dict[str, float
         estimate = _percent(by_report["estimate"], "certified")
     if "proven" in by_report:
         proven = _percent(by_report["proven"], "certified")
-        by_dual = "certified_by_product" in by_report["proven"]["accuracy"]  # reports from before the dual lack it
-        product = _percent(by_report["proven"], "certified_by_product" if by_dual else "certified")
+        product = _by_product(by_report["proven"])
     if "product" in by_report:  # the dual takes over where the product would go on with better norms
         product = _percent(by_report["product"], "certified")
     warnings = dict.fromkeys(warning for summary in summaries for warning in _warnings(row, summary))
@@ -169,6 +169,13 @@ def _compiled(row: Row, by_report: dict[str, dict], epochs: list[dict[str, float
     tested = "proven" in by_report and not by_report["proven"]["arguments"].get("held_out")
     percent = by_report["proven"]["accuracy"]["certified"]["percent"] if tested else None
     return Found((attacked, estimate, product, proven), ", ".join(warnings), "; ".join(details), percent, place)
+
+
+def _by_product(summary: dict) -> str:
+    """Proven by the product in a report on all stages; a lower end if the dual was asked before better norms were."""
+    by_dual = "certified_by_product" in summary["accuracy"]  # reports from before the dual lack it
+    goes_on = any(is_by_dual(stage) and "Lanczos" in stage for stage in summary.get("decided_by", ()))
+    return f"{'≥ ' if goes_on else ''}{_percent(summary, 'certified_by_product' if by_dual else 'certified')}"
 
 
 def _place(checkpoint: dict) -> str:
