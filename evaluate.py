@@ -17,7 +17,7 @@ from torch import nn
 
 import utils
 from data_load import DATA_SETS, count_classes, load_data
-from locallip import distributed, flags
+from locallip import devices, distributed, flags
 from locallip.bound.proof import EFFORTS
 from locallip.bound.proven_norms import DEPLOYED
 from locallip.checkpoints import find_checkpoint, load_checkpoint, load_weights
@@ -205,8 +205,8 @@ def _evaluate_checkpoint(args: argparse.Namespace) -> dict[str, Outcome]:
             begun_with = argparse.Namespace(**run["arguments"])
             for number, (part, certificate) in enumerate(zip(found, certificates)):
                 how, stages = certificate.describe(part.counts), part.counts.get("seconds", np.empty(0)).tolist()
-                trained = checkpoint.get("arguments"), checkpoint.get("hardware")
-                on = begun_with, model[-1].out_features, sha256, *trained
+                hardware = _text(checkpoint.get("hardware")), devices.hardware(images.labels.device)
+                on = begun_with, model[-1].out_features, sha256, checkpoint.get("arguments"), *hardware
                 summary = summarize(part.outcome, *on, how, seconds, stages)
                 print(as_text(summary))
                 if args.out:
@@ -215,6 +215,11 @@ def _evaluate_checkpoint(args: argparse.Namespace) -> dict[str, Outcome]:
     if unfinished:  # the report is written, by whichever process
         unfinished.discard()
     return {kind: part.outcome for kind, part in zip(kinds, found)} if distributed.is_main() else {}
+
+
+def _text(value: Any) -> str | None:
+    """What a checkpoint of any origin says, if it is text."""
+    return value if isinstance(value, str) else None
 
 
 def _begin(args: argparse.Namespace, checkpoint: str, images: ImageSet, folders: list[Path]) -> dict[str, Any]:

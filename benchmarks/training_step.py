@@ -86,7 +86,8 @@ class Bench:
         self, args: argparse.Namespace, layout: Layout, y: Tensor, skip: bool, factors: torch.dtype | None = None
     ) -> Callable[[], Tensor]:
         model, x = copy.deepcopy(self.model), self.images
-        norms = PowerIteration(args.sniter, local_positions=args.indices, skip_idle_masks=skip, factors=factors)
+        how = {"skip_idle_masks": skip, "factors": factors, "looks_for_underflow": False}  # as a training has it
+        norms = PowerIteration(args.sniter, local_positions=args.indices, **how)
         loss = RobustLoss.from_arguments(model, norms, args)
         stored = StoredVectors(len(x), layout.vectors, x.device)
         step = Step(loss, norms, stored, torch.optim.Adam(model.parameters(), lr=args.lr, fused=True))

@@ -31,8 +31,9 @@ class Arithmetic:
         own: unit roundoff of the walk's own arithmetic; 0 takes it as exact.
         deployed: the same of the network that the bound is for.
         factors: what convolutions round their factors to before they multiply, such as torch.bfloat16; None: nothing.
-        looks_for_underflow: whether a product of norms that is exact but for underflow is NaN where that has made it
-            too small. Training does not look: that takes a GPU longer than the product.
+        looks_for_underflow: whether what is exact but for underflow is NaN where that has made it too small: norms,
+            products of norms, and the bound where a box has become a point. Training does not look, which on a GPU
+            takes longer than what is looked at.
 
     Raises:
         ValueError: where factors are rounded though rounding has to be allowed for.

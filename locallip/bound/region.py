@@ -108,12 +108,12 @@ class UncutRegion(Region):
     """
 
     def __init__(self, uncut_stack: Tensor, uncut_half: Tensor, reach: Tensor, factors: tuple[Tensor, ...] = ()):
-        self.uncut_stack, self.uncut_half, self.reach, self._factors = uncut_stack, uncut_half, reach, factors
+        self.uncut_stack, self.uncut_half, self.reach, self.factors = uncut_stack, uncut_half, reach, factors
         self.center, self._middle = uncut_stack[: len(uncut_half)], uncut_stack[-len(uncut_half) :]
 
     @cached_property
     def lost(self) -> Tensor | None:  # only looked at where no rounding is allowed for
-        return underflows(self.reach, *self._factors).flatten(1).any(dim=1) if self._factors else None
+        return underflows(self.reach, *self.factors).flatten(1).any(dim=1) if self.factors else None
 
     @cached_property
     def lower(self) -> Tensor:

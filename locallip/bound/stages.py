@@ -181,6 +181,11 @@ def is_by_dual(name: str) -> bool:
     return name.startswith(DualStage.name)
 
 
+def comes_before_better_norms(name: str) -> bool:
+    """Whether a stage of this name is the dual where the product could still have gone on to better norms."""
+    return is_by_dual(name) and name != DualStage.name
+
+
 def eliminated(bound: Bound) -> tuple[Tensor, Tensor]:
     """Shares (N, L) of the rows and of the columns that the ball switches off, of each of the L local norms."""
 

@@ -30,11 +30,11 @@ def masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def unit(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x / ||x|| for every image, zero where ||x|| is zero, and the lengths (N,); x is overwritten.
+    """x / ||x|| for every image, zero where ||x|| is zero, and the lengths (N,); x may be overwritten.
 
     x: (N, ...). mask: of numbers 0 and 1, which x is multiplied by before.
     """
-    return _unit_of_rows(x, mask) if x.is_cuda else _unit.plain(x, mask)
+    return _unit_of_rows(x, mask) if x.is_cuda and _unit.compiled else _unit(x, mask, pays=False)
 
 
 def _unit_of_rows(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from locallip.bound.stages import is_by_dual
-from locallip.devices import hardware, select_device
 from locallip.evaluation.outcome import Outcome
 from locallip.evaluation.pgd import PGD_STEPS
 
@@ -26,6 +25,7 @@ def summarize(
     checkpoint: str,
     training: dict | None,
     trained_on: str | None,
+    evaluated_on: str,
     certificate: dict,
     seconds: float,
     stage_seconds: Sequence[float] = (),
@@ -33,8 +33,9 @@ def summarize(
     """The evaluation in numbers, ready for JSON.
 
     classes: that the network tells apart. checkpoint: the SHA-256 of the evaluated file. training: the
-    arguments it was trained with, and trained_on: the hardware, if it knows. certificate: its `kind`, `proven` or
-    `estimate`, and what belongs to it. seconds: wall time. stage_seconds: the same of its stages.
+    arguments it was trained with, and trained_on: the hardware, if it knows. evaluated_on: the hardware. certificate:
+    its `kind`, `proven` or `estimate`, and what belongs to it. seconds: wall time. stage_seconds: the same of its
+    stages.
     """
     by_dual = np.array([is_by_dual(name) for name in outcome.decided_by], dtype=bool)
     return {
@@ -65,7 +66,7 @@ def summarize(
         "seconds": round(seconds, 1),
         "stage_seconds": [round(stage, 1) for stage in stage_seconds],
         "versions": versions(),
-        "hardware": hardware(select_device(args.device)),
+        "hardware": evaluated_on,
     }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from locallip.bound.stages import is_by_dual
+from locallip.bound.stages import comes_before_better_norms
 from locallip.evaluation import pictures
 from locallip.files import InputError, write_atomically
 from locallip.training.files import better, errors
@@ -174,7 +174,7 @@ def _compiled(row: Row, by_report: dict[str, dict], epochs: list[dict[str, float
 def _by_product(summary: dict) -> str:
     """Proven by the product in a report on all stages; a lower end if the dual was asked before better norms were."""
     by_dual = "certified_by_product" in summary["accuracy"]  # reports from before the dual lack it
-    goes_on = any(is_by_dual(stage) and "Lanczos" in stage for stage in summary.get("decided_by", ()))
+    goes_on = any(comes_before_better_norms(stage) for stage in summary.get("decided_by", ()))
     return f"{'≥ ' if goes_on else ''}{_percent(summary, 'certified_by_product' if by_dual else 'certified')}"
 
 

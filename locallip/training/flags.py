@@ -102,7 +102,10 @@ def _step_flags(group: argparse._ArgumentGroup) -> None:
     flag("--compile", choices=["auto", "yes", "no"], default="auto", help=compiles)
     records = "replay the step as a CUDA graph, in place of launching its many kernels one by one; auto: on one GPU"
     flag("--cuda_graph", choices=["auto", "yes", "no"], default="auto", help=records)
-    rounds = "convolutions of the training in bfloat16, where the device has fast ones; validation stays in float32"
+    rounds = (
+        "convolutions of the training in bfloat16, where the device has fast ones, on a GPU its other products in "
+        "TF32; validation stays in float32"
+    )
     flag("--bfloat16", action="store_true", help=rounds)
     ddp = (
         "averages the gradients of several processes: PyTorch's DistributedDataParallel (auto, torch) or NVIDIA apex's"

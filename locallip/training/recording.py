@@ -74,8 +74,11 @@ class _Recorded:
         try:
             with _rates_in_memory(step.optimizer, self._rates):
                 self._replay = record(lambda: self._run(box))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            message = f"the step cannot be recorded as a CUDA graph ({first_line(error)}); train with --cuda_graph no"
+            cause = first_line(error.__context__ or error)  # ending a recording that failed fails in turn
+            message = f"the step cannot be recorded as a CUDA graph ({cause}); train with --cuda_graph no"
             raise ScriptError(message) from None
         step.norms.global_vectors = before  # what a recording leaves there was never computed
 

@@ -164,7 +164,7 @@ class _Run:
                 started = time.perf_counter()
                 is_new = epoch == first and self.finds_vectors_anew
                 self.norms.iterations = max(args.sniter, RESUME_ITERATIONS) if is_new else args.sniter
-                with devices.tf32(args.bfloat16):
+                with devices.tf32(args.bfloat16 and self.device.type == "cuda"):
                     row = self._train_epoch(epoch, bar)
                 row |= self._validate(self._has_box(epoch))
                 row["seconds"] = round(time.perf_counter() - started, 2)

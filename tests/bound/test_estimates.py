@@ -239,6 +239,16 @@ def test_nothing_is_read_off_a_box_that_underflow_made_a_point(activation, fused
     assert bound.radius.isnan().all()
 
 
+def test_without_a_look_at_underflow_the_bound_is_the_same_but_for_what_it_would_have_lost():
+    model, x = scaled_layers((1.0, 1.0, 1.0))
+    looks, does_not = (propagate(model, x, 0.1, PowerIteration(20, looks_for_underflow=look)) for look in (True, False))
+    for name in ("logits", "lower", "upper", "radius", "hidden_lipschitz"):
+        assert torch.equal(getattr(looks, name), getattr(does_not, name))
+    model, x = scaled_layers((1e-30, 1e-30, 1.0))
+    assert propagate(model, x, 0.1, PowerIteration(20)).radius.isnan().all()
+    assert (propagate(model, x, 0.1, PowerIteration(20, looks_for_underflow=False)).radius == 0).all()
+
+
 def test_a_box_is_lost_for_the_images_alone_whose_radius_makes_it_so():
     model, x = scaled_layers((1e-20, 1.0, 1.0))
     epsilon = torch.tensor([1.0, 1e-25, 1.0, 0.0, 1.0])

@@ -46,6 +46,30 @@ def test_training_lowers_the_loss_and_logs_every_epoch(runs, loss):
     assert losses(log)[-1] < losses(log)[0]
 
 
+def test_validation_looks_for_underflow_in_full_precision_and_training_does_not(runs, monkeypatch):
+    asked = set()
+
+    def look(x, epsilon, norms, **options):
+        rounds = norms.arithmetic.factors is not None
+        asked.add((torch.is_grad_enabled(), norms.arithmetic.looks_for_underflow, rounds))
+
+    watch_bounds(monkeypatch, look)
+    runs.train("--epochs", 1, "--rampup", 0, "--bfloat16")
+    # Beside training and validation stands the look at the layout, which computes no norm that counts.
+    assert asked == {(True, False, True), (False, True, False)}
+
+
+@pytest.mark.parametrize("choice", ["auto", "no"])
+def test_on_a_cpu_a_step_is_not_recorded(runs, choice, monkeypatch):
+    kinds = set()
+    finish = training_run._Run._finish_epoch
+    monkeypatch.setattr(
+        training_run._Run, "_finish_epoch", lambda run, *found: (kinds.add(type(run.step)), finish(run, *found))
+    )
+    runs.train("--epochs", 1, "--rampup", 0, "--cuda_graph", choice)
+    assert kinds == {training_step.Step}
+
+
 def test_the_losses_are_different_ones(runs):
     short = ["--epochs", 1, "--rampup", 0]
     found = {name: losses(runs.train(*short, "--loss", name, name=name).log)[0] for name in LOSSES}
