@@ -108,8 +108,10 @@ def plan_of(run: utils.Run, args: argparse.Namespace) -> Reproduction:
     lengths = {False: alone, True: args.epochs - alone}
     # On a CPU the processes share the cores.
     processes = min(run.recipe.processes, torch.cuda.device_count()) if device.type == "cuda" else 1
+    # Several do not record their steps.
+    measured = argparse.Namespace(**vars(args) | ({} if processes == 1 else {"cuda_graph": "no"}))
     training = sum(
-        length * seconds_per_epoch(model, training_set, validation_set, args, box) / processes
+        length * seconds_per_epoch(model, training_set, validation_set, measured, box) / processes
         for box, length in lengths.items()
         if length
     )

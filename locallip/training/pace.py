@@ -26,7 +26,7 @@ def seconds_per_epoch(
     """Measure an epoch at the training's largest radius, validation included, on a part of both sets.
 
     model, sets: on one device; the model stays as it is. args: flags of a training script. box: whether of an epoch
-    with a box, or with the ball alone. What compiling and recording would gain is left out.
+    with a box, or with the ball alone. What compiling would gain is left out.
     """
     share = min(1.0, _STEPS * args.batch_size / len(training_set))
     parts = (images[: max(1, round(share * len(images)))] for images in (training_set, validation_set))
@@ -39,7 +39,6 @@ def seconds_per_epoch(
             "resume": False,
             "start_from": None,
             "compile": "no",
-            "cuda_graph": "no",
             "keep_vectors": False,
         }
         probe = argparse.Namespace(**vars(args) | short | alone)
