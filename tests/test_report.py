@@ -478,6 +478,8 @@ def test_a_training_on_a_gpu_says_so_beside_its_time(repository, finish, recorde
     )
     table_script.main()
     assert ("2.0 h on a GPU |" in row(repository, "mnist-4c3f")) == says
+    (repository / "results" / "mnist-4c3f" / "epochs.csv").write_text(EPOCHS.replace("00\n", "\n"))
+    assert ("1 min on a GPU |" in row(repository, "mnist-4c3f")) == says
     assert places == {"mnist-4c3f": " on a GPU" if says else "", "mnist-fast": ""}
 
 

@@ -164,11 +164,15 @@ def _compiled(row: Row, by_report: dict[str, dict], epochs: list[dict[str, float
         if len(epochs) < training.get("epochs", 0):
             warnings[f"stopped after {len(epochs)}"] = None
         seconds = [epoch["seconds"] for epoch in epochs]
-        warnings[f"{sum(seconds) / 3600:.1f} h{place}"] = None
+        warnings[f"{_duration(sum(seconds))}{place}"] = None
         details[f"{np.median(seconds):.0f} s an epoch"] = None
     tested = "proven" in by_report and not by_report["proven"]["arguments"].get("held_out")
     percent = by_report["proven"]["accuracy"]["certified"]["percent"] if tested else None
     return Found((attacked, estimate, product, proven), ", ".join(warnings), "; ".join(details), percent, place)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds < 1800 else f"{seconds / 3600:.1f} h"
 
 
 def _by_product(summary: dict) -> str:
