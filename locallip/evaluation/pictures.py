@@ -218,13 +218,14 @@ def training(axes: Axes, epochs: list[dict[str, float]], row: Row) -> None:
             where = images if name == "certified" or prefix == "" else "validation"
             axes.plot(numbers, accuracy, style, color=color, linewidth=2 if prefix else 1.4, label=f"{label}, {where}")
     if row.paper is not None:
-        for accuracy, color in ((row.paper[0], INK), (row.paper[2], LOCAL)):
+        for name, accuracy, color in (("clean", row.paper[0], INK), ("certified", row.paper[2], LOCAL)):
             axes.axhline(accuracy, color=color, linewidth=0.8, linestyle="--", alpha=0.6)
+            is_below = 100 * (1 - epochs[-1][f"validation_{name}_error"]) < accuracy
             axes.annotate(
                 f"paper {accuracy:.1f}",
                 (1, accuracy),
                 xycoords=("axes fraction", "data"),
-                xytext=(-2, 3),
+                xytext=(-2, 3 if is_below else -11),  # on the side where the curve does not end
                 textcoords="offset points",
                 ha="right",
                 fontsize=8,
