@@ -24,6 +24,7 @@ NETWORKS = (
     "cifar10-4c3f",
     "cifar10-6c2f-maxmin",
     "cifar10-fast",
+    "cifar10-muon",
     "cifar10-best",
 )
 
