@@ -178,15 +178,11 @@ def _evaluate_checkpoint(args: argparse.Namespace) -> dict[str, Outcome]:
         find_checkpoint(args.saved_model)  # before imports that take seconds
         l2_pgd_attack()  # what cannot be imported says so now, not behind the first batch
     model, images, sha256, checkpoint = load(args)
-    both = args.certificate == "both"
-    kinds = ["proven", "estimate"] if both else [args.certificate]
-    of_proof = "product" if args.effort == "product" else "proven"
-    names = {"proven": of_proof, "estimate": "estimate"}
-    folders = [Path(args.out) / names[kind] if both else Path(args.out) for kind in kinds if args.out]
+    folders = _folders(args)
     run = None
     with distributed.all_or_none():
         if distributed.is_main():
-            run = _begin(args, sha256, images, folders)
+            run = _begin(args, sha256, images, [folder for folder in folders.values() if folder])
     run = distributed.share(run)
     unfinished = Unfinished(Path(args.out), run, distributed.share(time.time_ns())) if args.out else None
     started = time.perf_counter()
@@ -196,25 +192,37 @@ def _evaluate_checkpoint(args: argparse.Namespace) -> dict[str, Outcome]:
         Proven(model, args, images[:1].images / 255, questions, run["seed"])
         if kind == "proven"
         else Estimate(model, args)
-        for kind in kinds
+        for kind in folders
     ]
     found = evaluate(model, images, args, certificates, unfinished)
     with distributed.all_or_none():
         if distributed.is_main():
             seconds = unfinished.seconds() if unfinished else time.perf_counter() - started
             begun_with = argparse.Namespace(**run["arguments"])
-            for number, (part, certificate) in enumerate(zip(found, certificates)):
+            hardware = _text(checkpoint.get("hardware")), devices.hardware(images.labels.device)
+            on = begun_with, model[-1].out_features, sha256, checkpoint.get("arguments"), *hardware
+            for folder, part, certificate in zip(folders.values(), found, certificates):
                 how, stages = certificate.describe(part.counts), part.counts.get("seconds", np.empty(0)).tolist()
-                hardware = _text(checkpoint.get("hardware")), devices.hardware(images.labels.device)
-                on = begun_with, model[-1].out_features, sha256, checkpoint.get("arguments"), *hardware
-                summary = summarize(part.outcome, *on, how, seconds, stages)
-                print(as_text(summary))
-                if args.out:
-                    for written in report.write(folders[number], part.outcome, summary):
-                        print(written)
+                _report(part.outcome, summarize(part.outcome, *on, how, seconds, stages), folder)
     if unfinished:  # the report is written, by whichever process
         unfinished.discard()
-    return {kind: part.outcome for kind, part in zip(kinds, found)} if distributed.is_main() else {}
+    return {kind: part.outcome for kind, part in zip(folders, found)} if distributed.is_main() else {}
+
+
+def _folders(args: argparse.Namespace) -> dict[str, Path | None]:
+    """Where the report of each certificate goes that is asked for, by its kind; None without --out."""
+    if args.certificate != "both":
+        return {args.certificate: Path(args.out) if args.out else None}
+    of_proof = "product" if args.effort == "product" else "proven"
+    names = {"proven": of_proof, "estimate": "estimate"}
+    return {kind: Path(args.out) / name if args.out else None for kind, name in names.items()}
+
+
+def _report(outcome: Outcome, summary: dict[str, Any], folder: Path | None) -> None:
+    print(as_text(summary))
+    if folder:
+        for written in report.write(folder, outcome, summary):
+            print(written)
 
 
 def _text(value: Any) -> str | None:

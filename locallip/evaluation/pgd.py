@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from locallip.dependencies import l2_pgd_attack
-from locallip.evaluation.attacks import margins
+from locallip.evaluation.attacks import inside, margins
 
 PGD_STEPS = 100
 # At the other radii of the picture; fewer steps can only make PGD look weaker, never a certificate look true.
@@ -40,6 +40,4 @@ def pgd(model: nn.Sequential, x: Tensor, y: Tensor, epsilon: float, steps: int =
 
     point = l2_pgd_attack()(calibrated, loss, epsilon, steps, epsilon / 4, True, 0.0, 1.0).perturb(x, y)
     # The attack rounds after it has projected; a hair outside of the ball would prove nothing.
-    step = (point - x).flatten(1)
-    scale = (epsilon * (1 - 1e-6) / step.norm(dim=1).clamp(min=1e-30)).clamp(max=1)
-    return x + (step * scale[:, None]).view_as(x)
+    return x + inside(x, point - x, x.new_full((len(x),), epsilon))

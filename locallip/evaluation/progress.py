@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,16 +21,28 @@ def progress(images: int, done: int = 0, quiet: bool = False) -> Iterator[Callab
     """
     said = time.monotonic()
     with tqdm(total=images, initial=done, unit="image", disable=quiet or None, dynamic_ncols=True) as bar:
+        in_lines = bar.disable and not quiet
+        # The first images can take many minutes, with every radius of the curve.
+        first = threading.Timer(_SECONDS_BETWEEN_LINES, _say, [f"{done} of {images} images, and more under way"])
+        first.daemon = True
 
         def advance(more: int, **counts: int) -> None:
             nonlocal done, said
+            first.cancel()
             done += more
             bar.update(more)
             bar.set_postfix(counts)
-            is_due = time.monotonic() >= said + _SECONDS_BETWEEN_LINES
-            if is_due and bar.disable and not quiet:
+            if in_lines and time.monotonic() >= said + _SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
-                found = ", ".join(f"{count} {name}" for name, count in counts.items())
-                print(f"{done} of {images} images: {found}", file=sys.stderr, flush=True)
+                _say(f"{done} of {images} images: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
 
-        yield advance
+        try:
+            if in_lines:
+                first.start()
+            yield advance
+        finally:
+            first.cancel()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,5 +1,7 @@
 """A run over many images says how far it is, wherever its errors go."""
 
+import threading
+
 import pytest
 
 from locallip.evaluation import progress as module
@@ -23,6 +25,26 @@ def test_a_log_gets_a_line_a_minute(seconds, capsys):
         "60 of 100 images: 15 certified, 1 open",
         "75 of 100 images: 2 certified, 1 open",
     ]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_log_gets_a_line_before_the_first_images_are_done(quiet, capsys, monkeypatch):
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_LINES", 0.0)
+    said = threading.Event()
+    monkeypatch.setattr(module, "_say", lambda line, say=module._say: (say(line), said.set()))
+    with progress(100, done=10, quiet=quiet):
+        assert said.wait(0.2 if quiet else 30) is not quiet
+    assert capsys.readouterr().err == ("" if quiet else "10 of 100 images, and more under way\n")
+
+
+def test_no_timer_outlives_what_it_waits_for(capsys):
+    with pytest.raises(KeyError), progress(100):
+        raise KeyError
+    with progress(100) as advance:
+        advance(1)
+        timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+        assert all(timer.finished.is_set() for timer in timers)
+    assert capsys.readouterr().err == ""
 
 
 def test_nothing_is_shown_by_a_process_that_is_to_be_quiet(seconds, capsys):

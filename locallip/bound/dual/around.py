@@ -11,6 +11,7 @@ from locallip.bound.activations import Activation
 from locallip.bound.bound import Bound, HiddenLayer
 from locallip.bound.dual.chain import Chain, Hidden
 from locallip.bound.dual.elementwise import ClippedLine
+from locallip.bound.dual.maxima import DualActivation
 from locallip.bound.joins import Join
 from locallip.bound.norms import Norms
 from locallip.bound.operators import LinearOperator, Position
@@ -31,8 +32,7 @@ def is_chain(meanings: Sequence[tuple[Position, Meaning]]) -> bool:
             if not behind:
                 return False
             behind[-1].append(meaning)
-    known = all(a.in_dual() is not None for activations in behind for a in activations)
-    return bool(behind) and known and all(len(activations) <= 1 for activations in behind)
+    return bool(behind) and all(_in_dual(activations) is not None for activations in behind)
 
 
 def chain_of(
@@ -56,10 +56,15 @@ def chain_of(
     return Chain(x, epsilon, hidden, last.weight, bias).within(clip)
 
 
+def _in_dual(activations: Sequence[Activation]) -> DualActivation | None:
+    """What stands behind one linear operator, as the dual takes it: nothing, or one activation that it knows."""
+    if not activations:
+        return ClippedLine(-torch.inf, torch.inf)
+    return activations[0].in_dual() if len(activations) == 1 else None
+
+
 def _hidden(layer: HiddenLayer, norms: Norms, masks: bool) -> Hidden | None:
-    if len(layer.activations) > 1:
-        return None
-    activation = layer.activations[0].in_dual() if layer.activations else ClippedLine(-float("inf"), float("inf"))
+    activation = _in_dual(layer.activations)
     if activation is None:
         return None
     rows, columns, box = None, None, None
