@@ -12,6 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+# Steps after which is looked who has enough.
+_LOOKS = (4, 8, 16, 32)
+
 
 def inflation(dimension: Tensor, steps: int, probability: float) -> Tensor:
     """Factor by which the estimate of a norm has to grow, (N,); infinite where so few steps prove nothing."""
@@ -19,31 +22,54 @@ def inflation(dimension: Tensor, steps: int, probability: float) -> Tensor:
     return torch.where(root < 1, (1 - root.clamp(max=1) ** 2).rsqrt(), torch.inf)
 
 
-def largest_ritz_value(gram: Callable[[Tensor], Tensor], draw: Callable[[], Tensor], steps: int) -> Tensor:
+def largest_ritz_value(
+    gram: Callable[[Tensor, Tensor], Tensor],
+    draw: Callable[[], Tensor],
+    steps: int,
+    enough: Tensor | None = None,
+) -> Tensor:
     """Lanczos with full re-orthogonalisation: the largest eigenvalue (N,) that `steps` products show.
 
+    gram: multiplies vectors (M, n), given the places (M,) among the N of those that they are for.
     draw: gives random vectors (N, n). The first starts the iteration; further ones carry on where a space is exhausted,
     since what the start vector has no part in may have been lost to rounding.
+    enough: (N,) eigenvalues from which on nobody needs to know more; what is given for those is what had been shown
+    when they were looked at. None: all is shown.
     """
     vector, _ = _normalized(draw())
     count, size = vector.shape
     steps = min(steps, size)
+    places = torch.arange(count, device=vector.device)
+    result = vector.new_zeros(count)
     basis = vector.new_zeros(count, steps, size)
     diagonal, beside = vector.new_zeros(count, steps), vector.new_zeros(count, steps)
     for step in range(steps):
         basis[:, step] = vector
-        image = gram(vector)
+        image = gram(vector, places)
         diagonal[:, step] = (vector * image).sum(dim=1)
         vector, length = _normalized(_orthogonal(image, basis[:, : step + 1]))
         exhausted = length <= 1e-12 * diagonal.abs().amax(dim=1)
         beside[:, step] = torch.where(exhausted, 0, length)
         if exhausted.any():
-            fresh, left = _normalized(_orthogonal(_normalized(draw())[0], basis[:, : step + 1]))
+            fresh, left = _normalized(_orthogonal(_normalized(draw()[places])[0], basis[:, : step + 1]))
             # In a space with no direction left, what is left of a vector is rounding.
             fresh = torch.where((left > 1e-8)[:, None], fresh, 0)
             vector = torch.where(exhausted[:, None], fresh, vector)
-    tridiagonal = diagonal.diag_embed() + beside[:, :-1].diag_embed(1) + beside[:, :-1].diag_embed(-1)
-    return torch.linalg.eigvalsh(tridiagonal)[:, -1]
+        is_last = step + 1 == steps
+        if is_last or (enough is not None and step + 1 in _LOOKS):
+            result[places] = _largest_eigenvalue(diagonal[:, : step + 1], beside[:, :step])
+            left = (result[places] < enough[places]).nonzero().squeeze(1) if enough is not None else places
+            if is_last or not len(left):
+                break
+            if len(left) < len(places):
+                places, vector, basis = places[left], vector[left], basis[left]
+                diagonal, beside = diagonal[left], beside[left]
+    return result
+
+
+def _largest_eigenvalue(diagonal: Tensor, beside: Tensor) -> Tensor:
+    """Of symmetric tridiagonal matrices: (N,)."""
+    return torch.linalg.eigvalsh(diagonal.diag_embed() + beside.diag_embed(1) + beside.diag_embed(-1))[:, -1]
 
 
 def _orthogonal(x: Tensor, basis: Tensor) -> Tensor:

@@ -131,7 +131,12 @@ class ProvenNorms:
         rows, columns = (None if mask is None else mask[rest] for mask in (rows, columns))
         # A subclass may apply its weight otherwise.
         directly = type(operator) is Dense and _STEPS_PER_SIDE * self.steps >= min(operator.weight.shape)
-        found = (_masked_dense if directly else self._masked_by_lanczos)(operator.scaled, rows, columns)
+        enough = whole.upper / operator.scale
+        found = (
+            _masked_dense(operator.scaled, rows, columns)
+            if directly
+            else self._masked_by_lanczos(operator.scaled, rows, columns, enough)
+        )
         nothing_left = _is_empty(rows, len(rest), upper) | _is_empty(columns, len(rest), upper)
         lower[rest] = found.lower * operator.scale
         found_upper = torch.minimum(found.upper * operator.scale, whole.upper)
@@ -182,10 +187,14 @@ class ProvenNorms:
             sure = torch.minimum(upper, sure)
             return Measured(lower.item(), sure.item(), sure.item(), absolute.item())
         steps = self._whole_steps
-        (lower, upper), (dimension,) = self._krylov(operator, None, None, 1, steps, generator)
+        lower, upper = self._krylov(operator, None, None, 1, steps, generator)
+        (dimension,) = _dimensions(operator, None, None, 1)
         return Measured(lower.item(), upper.item(), sure.item(), absolute.item(), int(dimension), steps)
 
-    def _masked_by_lanczos(self, operator: LinearOperator, rows: Tensor | None, columns: Tensor | None) -> Bracket:
+    def _masked_by_lanczos(
+        self, operator: LinearOperator, rows: Tensor | None, columns: Tensor | None, enough: Tensor
+    ) -> Bracket:
+        """Brackets (N,). enough: upper ends from which on the whole norm, a scalar, is as good."""
         count = len(columns if rows is None else rows)
         share = self.budget.for_masked(count)
         dimension = min(operator.input_shape.numel(), operator.output_shape.numel())
@@ -193,7 +202,7 @@ class ProvenNorms:
         brackets = []
         for images in torch.arange(count, device="cpu").split(at_a_time):
             masks = [None if mask is None else mask[images.to(mask.device)] for mask in (rows, columns)]
-            brackets.append(self._lanczos(operator, *masks, len(images), share))
+            brackets.append(self._lanczos(operator, *masks, len(images), share, enough))
         return Bracket(*(torch.cat(ends) for ends in zip(*brackets)))
 
     def _lanczos(
@@ -203,10 +212,15 @@ class ProvenNorms:
         columns: Tensor | None,
         count: int,
         probability: float,
+        enough: Tensor,
     ) -> Bracket:
-        """Brackets (count,) of ||D_rows W D_columns||; each upper end fails with at most this probability."""
-        found, dimension = self._krylov(operator, rows, columns, count, self.steps, self._generator)
-        factor = inflation(dimension, self.steps, probability).to(found.upper.device)
+        """Brackets (count,) of ||D_rows W D_columns||; each upper end fails with at most this probability.
+
+        Those that come out above `enough` may be anything above it.
+        """
+        factor = inflation(_dimensions(operator, rows, columns, count), self.steps, probability).to(enough.device)
+        found = self._krylov(operator, rows, columns, count, self.steps, self._generator, enough / factor)
+        # What was left off early has shown enough: all its steps would have shown no less.
         return Bracket(found.lower, torch.where(factor.isinf(), factor, found.upper * factor))
 
     def _krylov(
@@ -217,30 +231,44 @@ class ProvenNorms:
         count: int,
         steps: int,
         generator: np.random.Generator,
-    ) -> tuple[Bracket, Tensor]:
-        """What Lanczos reaches of ||D_rows W D_columns||, rounded down and up, and the dimensions; (count,) each."""
-        on_input_side = operator.input_shape.numel() <= operator.output_shape.numel()
+        enough: Tensor | None = None,
+    ) -> Bracket:
+        """What Lanczos reaches of ||D_rows W D_columns||, rounded down and up, (count,) each.
+
+        enough: (count,) norms from which on it may be left off; None: it never is.
+        """
+        on_input_side = _is_on_input_side(operator)
         shape, mask = (operator.input_shape, columns) if on_input_side else (operator.output_shape, rows)
         rows, columns = (None if m is None else m.double() for m in (rows, columns))
 
-        def gram(v: Tensor) -> Tensor:
+        def gram(v: Tensor, places: Tensor) -> Tensor:
             """M^T M v on the input side or M M^T v on the output side, flattened."""
-            v = v.view(count, *shape)
+            v = v.view(len(places), *shape)
+            own_rows, own_columns = (m if m is None or len(places) == count else m[places] for m in (rows, columns))
             if on_input_side:
-                image = _times(operator.adjoint(_times(operator.apply(v), rows)), columns)
+                image = _times(operator.adjoint(_times(operator.apply(v), own_rows)), own_columns)
             else:
-                image = _times(operator.apply(_times(operator.adjoint(v), columns)), rows)
+                image = _times(operator.apply(_times(operator.adjoint(v), own_columns)), own_rows)
             return image.flatten(1)
 
         def draw() -> Tensor:
             return _times(_normal(generator, (count, *shape), operator.weight.device), mask).flatten(1)
 
-        if mask is None:
-            dimension = torch.full((count,), float(shape.numel()), dtype=torch.float64, device="cpu")
-        else:
-            dimension = mask.flatten(1).sum(dim=1).double().cpu()
-        largest = largest_ritz_value(gram, draw, steps)  # (count,)
-        return _bracket(largest.clamp(min=0).sqrt(), operator, steps), dimension
+        largest = largest_ritz_value(gram, draw, steps, None if enough is None else enough.square())
+        return _bracket(largest.clamp(min=0).sqrt(), operator, steps)
+
+
+def _is_on_input_side(operator: LinearOperator) -> bool:
+    """Whether the Gram matrix of the inputs is the smaller one."""
+    return operator.input_shape.numel() <= operator.output_shape.numel()
+
+
+def _dimensions(operator: LinearOperator, rows: Tensor | None, columns: Tensor | None, count: int) -> Tensor:
+    """Of the spaces that Lanczos works in: (count,) on the CPU."""
+    shape, mask = (operator.input_shape, columns) if _is_on_input_side(operator) else (operator.output_shape, rows)
+    if mask is None:
+        return torch.full((count,), float(shape.numel()), dtype=torch.float64, device="cpu")
+    return mask.flatten(1).sum(dim=1).double().cpu()
 
 
 def _normal(generator: np.random.Generator, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -249,7 +277,7 @@ def _normal(generator: np.random.Generator, shape: tuple[int, ...], device: torc
 
 def _as_matrix_norm(operator: LinearOperator) -> Tensor:
     """Norm of an operator from its matrix, a scalar: the smaller side of it decides what that costs."""
-    on_input_side = operator.input_shape.numel() <= operator.output_shape.numel()
+    on_input_side = _is_on_input_side(operator)
     shape = operator.input_shape if on_input_side else operator.output_shape
     weight = operator.weight
     basis = torch.eye(shape.numel(), dtype=weight.dtype, device=weight.device).view(-1, *shape)

@@ -39,7 +39,7 @@ def test_lanczos_keeps_its_orthogonality_on_an_ill_conditioned_operator(smallest
     basis = torch.linalg.qr(torch.randn(60, 60, dtype=torch.float64))[0]
     values = torch.logspace(0, math.log10(smallest), 60, dtype=torch.float64)
     matrix = basis * values @ basis.T
-    found = largest_ritz_value(lambda v: v @ matrix, lambda: torch.randn(3, 60, dtype=torch.float64), steps=200)
+    found = largest_ritz_value(lambda v, _: v @ matrix, lambda: torch.randn(3, 60, dtype=torch.float64), steps=200)
     torch.testing.assert_close(found, torch.ones_like(found), rtol=1e-9, atol=0)
 
 
@@ -51,7 +51,7 @@ def test_lanczos_finds_a_leader_that_its_start_vector_has_hardly_any_part_in():
     def draw():
         return next(starts, torch.randn(1, 200, dtype=torch.float64))
 
-    found = largest_ritz_value(lambda v: v * values, draw, steps=25)
+    found = largest_ritz_value(lambda v, _: v * values, draw, steps=25)
     torch.testing.assert_close(found, torch.ones_like(found), rtol=1e-9, atol=0)
 
 
@@ -61,8 +61,32 @@ def test_the_estimate_never_exceeds_the_largest_eigenvalue_and_reaches_it_in_as_
     torch.manual_seed(seed)
     root = torch.randn(n, n, dtype=torch.float64)
     gram = root @ root.T
-    found = largest_ritz_value(lambda v: v @ gram, lambda: torch.randn(2, n, dtype=torch.float64), steps=k)
+    found = largest_ritz_value(lambda v, _: v @ gram, lambda: torch.randn(2, n, dtype=torch.float64), steps=k)
     true = torch.linalg.eigvalsh(gram)[-1].expand(2)
     assert (found <= true * (1 + 1e-12)).all()
     if k >= n:
         torch.testing.assert_close(found, true, rtol=1e-9, atol=0)
+
+
+@more_examples
+@given(st.integers(2, 60), st.integers(1, 70), st.integers(0, 2**20))
+def test_who_has_enough_is_left_off_and_the_others_come_to_the_same(n, k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    roots = torch.randn(6, n, n, generator=generator, dtype=torch.float64)
+    grams, start = roots @ roots.mT, torch.randn(6, n, generator=generator, dtype=torch.float64)
+    asked = []
+
+    def gram(v, places):
+        asked.append(len(places))
+        return torch.einsum("mij,mj->mi", grams[places], v)
+
+    whole = largest_ritz_value(gram, start.clone, k)
+    assert asked == [6] * min(k, n)
+    enough = whole * torch.tensor([0.0, 0.5, 0.9, 1.0, 1.1, torch.inf])
+    asked.clear()
+    early = largest_ritz_value(gram, start.clone, k, enough)
+    assert asked == sorted(asked, reverse=True)
+    torch.testing.assert_close(early.clamp(max=enough), whole.clamp(max=enough), rtol=1e-9, atol=0)
+    assert (early <= whole * (1 + 1e-9)).all()
+    if k > 4 and n > 4:
+        assert asked[4] < 6

@@ -180,7 +180,7 @@ def test_the_stages_of_a_product_are_those_of_the_lanczos_steps_and_a_dual_comes
     assert [stage.norms.steps for stage in product] == list(LANCZOS_STEPS)
     assert not any(isinstance(stage, DualStage) or stage.costly for stage in product)
     assert [type(stage) for stage in dual] == [ProductStage, *[ProductStage, DualStage] * 2]
-    assert [stage.norms.steps for stage in dual if isinstance(stage, ProductStage)] == [0, 25, 75]
+    assert [stage.norms.steps for stage in dual if isinstance(stage, ProductStage)] == [0, 50, 100]
     assert [stage.costly for stage in dual] == [False, False, True, True, True]
     assert all(before.before_dual for before, stage in pairwise(dual) if isinstance(stage, DualStage))
     assert len({stage.name for stage in dual}) == len(dual)

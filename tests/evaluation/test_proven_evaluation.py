@@ -50,7 +50,7 @@ def test_an_evaluation_proves_by_default_and_says_what(evaluate, tmp_path):
         "certified_plain": None,
     }
     assert len(stages) == len(summary["stage_seconds"]) > 1
-    assert stages[-1] == "dual, 75 Lanczos steps"
+    assert stages[-1] == "dual, 100 Lanczos steps"
     decided_by = [row["decided_by"] for row in read_csv(tmp_path / "images.csv")]
     assert len(decided_by) == 12
     assert sum(summary["decided_by"].values()) == 12
