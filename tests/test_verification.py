@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 import sys
 
 import pytest
@@ -81,18 +82,20 @@ def test_what_neither_is_proven_nor_falls_is_open(attack, monkeypatch):
 
 def test_all_statuses_and_several_stages_occur_among_digits(found):
     assert all(count > 0 for status, count in found.counts.items() if status != "open"), found.counts
-    assert {"local, 50 Lanczos steps", "attack", "dual, 50 Lanczos steps"} <= set(found.decided_by)
+    assert {list(found.seconds)[1], "attack", list(found.seconds)[3]} <= set(found.decided_by)
     assert sum(found.counts.values()) == 48
     assert sum(map(found.has, STATUSES)).tolist() == [1] * 48
     assert found.certified.tolist() == [status == "certified" for status in found.status]
 
 
 def test_the_stages_are_asked_in_the_order_that_costs_least(net, found):
-    local = [f"local, {steps} Lanczos steps" for steps in (50, 100, 250)]
-    dual = [f"dual, {steps} Lanczos steps" for steps in (50, 100)]
-    assert list(found.seconds) == ["global", local[0], "attack", dual[0], local[1], dual[1]]
     product = verify(*net, RADIUS, effort="product")
+    steps = [int(number) for name in product.seconds for number in re.findall(r"\d+", name)]
+    assert 1 < steps[0] < steps[1] < steps[2]
+    local = [f"local, {number} Lanczos steps" for number in steps]
+    dual = [f"dual, {number} Lanczos steps" for number in steps[:2]]
     assert list(product.seconds) == ["global", local[0], "attack", *local[1:]]
+    assert list(found.seconds) == ["global", local[0], "attack", dual[0], local[1], dual[1]]
     assert product.counts["attacked"] == found.counts["attacked"]
     assert "attack" not in verify(*net, RADIUS, attack=0).seconds
 

@@ -16,6 +16,9 @@ class Budget:
         failure_probability: that *any* norm of the run is too small.
         planned: how many masked norms the run will ask for at most, one per image, layer and stage.
 
+    Attributes:
+        per_masked: the share of every masked norm.
+
     Raises:
         ValueError: for a probability that does not lie between 0 and 1.
     """
@@ -24,7 +27,7 @@ class Budget:
         refuse_probability(failure_probability)
         self.failure_probability = failure_probability
         self._masked_left, self._wholes_left = planned, MOST_WHOLES
-        self._per_masked = failure_probability / 2 / max(planned, 1)
+        self.per_masked = failure_probability / 2 / max(planned, 1)
         self._per_whole = failure_probability / 2 / MOST_WHOLES
 
     def for_masked(self, count: int) -> float:
@@ -36,7 +39,7 @@ class Budget:
         self._masked_left -= count
         if self._masked_left < 0:
             raise RuntimeError("more norms were asked for than planned, so the failure probability would not hold")
-        return self._per_masked
+        return self.per_masked
 
     def for_whole(self) -> float:
         """The share of a whole norm, which is spent by this; errors as `for_masked`."""

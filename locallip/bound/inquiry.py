@@ -16,7 +16,7 @@ from locallip.bound.kept_norms import KEPT
 from locallip.bound.norms import Arithmetic, Norms
 from locallip.bound.pieces import images_at_a_time, in_pieces
 from locallip.bound.power_iteration import PowerIteration
-from locallip.bound.proof import LANCZOS_STEPS, proven_norms
+from locallip.bound.proof import lanczos_steps, proven_norms
 from locallip.bound.proven_norms import ProvenNorms
 from locallip.bound.seen import first_line
 
@@ -79,7 +79,8 @@ def prepare(
         graph = in_float64(model, x, at_a_time)
         # One more radius for the last layer's norms.
         norms = proven_norms(graph, x[:1].double(), len(x), failure_probability, radii + 1, kept=KEPT)
-        return Inquiry(graph, norms.with_steps(LANCZOS_STEPS[-1]), torch.float64, at_a_time, fresh=True)
+        steps = lanczos_steps(graph, x[:1].double(), norms)[-1]
+        return Inquiry(graph, norms.with_steps(steps), torch.float64, at_a_time, fresh=True)
     graph.refuse_if_unlike(model, x[:at_a_time])
     if certificate == "estimate":
         return Inquiry(graph, PowerIteration(ESTIMATE_ITERATIONS), x.dtype, at_a_time, fresh=True)

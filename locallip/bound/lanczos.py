@@ -7,6 +7,7 @@ exp(-sqrt(t) (2k - 1)) after k steps in n dimensions, from a start vector drawn 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,12 @@ def inflation(dimension: Tensor, steps: int, probability: float) -> Tensor:
     """Factor by which the estimate of a norm has to grow, (N,); infinite where so few steps prove nothing."""
     root = torch.log(1.648 * dimension.clamp(min=1).sqrt() / probability) / (2 * steps - 1)
     return torch.where(root < 1, (1 - root.clamp(max=1) ** 2).rsqrt(), torch.inf)
+
+
+def steps_for(dimension: int, probability: float, factor: float) -> int:
+    """After how many steps the estimate of a norm need grow by no more than a factor above 1, see `inflation`."""
+    root = math.sqrt(1 - factor**-2)
+    return max(1, math.ceil((math.log(1.648 * math.sqrt(dimension) / probability) / root + 1) / 2))
 
 
 def largest_ritz_value(

@@ -14,7 +14,7 @@ from locallip.bound.dual.chain import Chain
 from locallip.bound.dual.proof import proven_margin
 from locallip.bound.dual.search import Tightest, tighten
 from locallip.bound.graph import Graph
-from locallip.bound.proof import LANCZOS_STEPS, proof_stages, prove
+from locallip.bound.proof import lanczos_steps, proof_stages, prove
 from locallip.bound.proven_norms import ProvenNorms
 from locallip.bound.stages import ROUNDS, ProductStage
 from locallip.bound.walk import propagate
@@ -128,9 +128,11 @@ class _Target:
     @classmethod
     @torch.no_grad()
     def around(cls, exact: nn.Sequential, x: Tensor, y: Tensor, norms: ProvenNorms, trial: Trial) -> _Target:
-        stages = proof_stages(Graph.of(exact, x), x, norms)
+        graph = Graph.of(exact, x)
+        stages = proof_stages(graph, x, norms)
         # Those of the proof, but local ones in any case.
-        steps = max(LANCZOS_STEPS[1], *(stage.norms.steps for stage in stages if isinstance(stage, ProductStage)))
+        asked = (stage.norms.steps for stage in stages if isinstance(stage, ProductStage))
+        steps = max(lanczos_steps(graph, x, norms)[0], *asked)
         norms = norms.with_steps(steps)
         bound = propagate(exact, x, trial.epsilon, norms, trial.clip, keep_layers=True)
         at_x = margins(bound.logits, y)

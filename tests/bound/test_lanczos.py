@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import more_examples
 
-from locallip.bound.lanczos import inflation, largest_ritz_value
+from locallip.bound.lanczos import inflation, largest_ritz_value, steps_for
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +32,14 @@ def test_the_inflation_solves_the_bound_of_kuczynski_and_wozniakowski(dimension,
         assert bound == pytest.approx(probability, rel=1e-6)
     else:
         assert bound > probability * (1 - 1e-9)
+
+
+@more_examples
+@given(st.integers(1, 10**6), st.floats(1e-30, 0.5), st.floats(1.0001, 3))
+def test_the_steps_for_an_inflation_are_the_fewest(dimension, probability, factor):
+    steps, n = steps_for(dimension, probability, factor), torch.tensor([float(dimension)], dtype=torch.float64)
+    assert inflation(n, steps, probability) <= factor * (1 + 1e-12)
+    assert steps == 1 or inflation(n, steps - 1, probability) >= factor * (1 - 1e-12)
 
 
 @pytest.mark.parametrize("smallest", [1e-3, 1e-8, 1e-16])

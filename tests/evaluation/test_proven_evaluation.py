@@ -1,6 +1,7 @@
 """The command line of evaluate.py on proven certificates."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,7 +9,6 @@ from conftest import TINY, WIDTH, read_csv
 from oracles import train_a_little
 
 import utils
-from locallip.bound.proof import LANCZOS_STEPS
 from locallip.bound.stages import is_by_dual
 from locallip.checkpoints import save_checkpoint
 
@@ -50,7 +50,7 @@ def test_an_evaluation_proves_by_default_and_says_what(evaluate, tmp_path):
         "certified_plain": None,
     }
     assert len(stages) == len(summary["stage_seconds"]) > 1
-    assert stages[-1] == "dual, 100 Lanczos steps"
+    assert re.fullmatch(r"dual, \d+ Lanczos steps", stages[-1])
     decided_by = [row["decided_by"] for row in read_csv(tmp_path / "images.csv")]
     assert len(decided_by) == 12
     assert sum(summary["decided_by"].values()) == 12
@@ -63,7 +63,7 @@ def test_an_evaluation_proves_by_default_and_says_what(evaluate, tmp_path):
 def test_an_evaluation_can_stop_at_the_product_of_norms(evaluate):
     certificate = evaluate("--effort", "product")["certificate"]
     assert certificate["effort"] == "product"
-    assert len(certificate["stages"]) == len(LANCZOS_STEPS)
+    assert len(certificate["stages"]) == 4
     assert not any(map(is_by_dual, certificate["stages"]))
 
 
