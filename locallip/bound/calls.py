@@ -24,11 +24,13 @@ class Step:
         layer: None stands for what changes no number.
         inputs: what it is applied to.
         made_from: constants that the layer was made from and does not hold itself.
+        alone: why the call is an obstacle unless it turns out to be a part of a layer with others.
     """
 
     layer: nn.Module | None
     inputs: tuple[Tensor | Step, ...]
     made_from: tuple[Tensor, ...] = ()
+    alone: str = ""
 
     def tensors(self) -> Iterator[Tensor]:
         """The activations that it is applied to in the end."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from locallip.bound.calls import Call, NoTranslationError, Step, means
-from locallip.bound.plain import Add, Affine, Concatenate, Select, View
+from locallip.bound.plain import Add, Affine, Concatenate, Extremum, Select, View
 from locallip.bound.seen import tensors_in
 from locallip.bound.selection import places_of
 
@@ -105,9 +105,19 @@ def _concatenate(call: Call, tensors: Sequence[Tensor], dim: int = 0, *, axis: i
     return Step(Concatenate(dim), tuple(tensors))
 
 
+_LARGER = (torch.maximum, torch.max, Tensor.maximum, Tensor.max)
+_ALONE = (
+    "has no rule but in cat([max(a, b), min(a, b)], 1) of the halves a and b of the channels; local_bound.MaxMin and "
+    "GroupSort, which sort channels, have one"
+)
+
+
 @means("maximum", "minimum", "max", "min")
-def _extremum(call: Call, *args: Any, **kwargs: Any) -> Step:
-    raise NoTranslationError("has no rule, but local_bound.MaxMin and GroupSort, which sort channels, have")
+def _extremum(call: Call, input: Any, other: Any = None, *args: Any, **kwargs: Any) -> Step:
+    both = call.depends(input) and call.depends(other)
+    if not both or args or kwargs or input.shape != other.shape:
+        raise NoTranslationError(_ALONE)
+    return Step(Extremum(call.function in _LARGER), (input, other), alone=_ALONE)
 
 
 # --- moves of entries ------------------------------------------------------------------------------------------------

@@ -54,6 +54,17 @@ class Add(nn.Module):
         return sum(inputs[1:], start=inputs[0])
 
 
+class Extremum(nn.Module):
+    """The larger or the smaller of two inputs, entry by entry: a part of MaxMin, see `ordering.with_maxmin`."""
+
+    def __init__(self, larger: bool):
+        super().__init__()
+        self.larger = larger
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.maximum(a, b) if self.larger else torch.minimum(a, b)
+
+
 class Concatenate(nn.Module):
     """Several inputs one behind the other. dim: along which, above 0, the images' being 0."""
 

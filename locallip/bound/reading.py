@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from locallip.bound.constants import Constants
 from locallip.bound.nodes import IMAGES, Node, Obstacle, Refusal
 from locallip.bound.operators import Position
+from locallip.bound.ordering import with_maxmin
 from locallip.bound.origins import UNSEEN, Origins
 from locallip.bound.rules import describe, namesake
 from locallip.bound.seen import users_line
@@ -65,6 +66,7 @@ class Reading:
         constants: the network's weights and buffers, to be found as they were.
         inside: the modules that are running, outermost first.
         leaf: the one of them that is a node by itself, in which nothing is followed.
+        parts: by position, what is in the way where a node turns out to be no part of a layer with others.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, origins: Origins):
@@ -73,6 +75,7 @@ class Reading:
         self.traces, self.constants = Traces(), Constants(model)
         self.inside: list[nn.Module] = []
         self.leaf: nn.Module | None = None
+        self.parts: dict[Position, Obstacle] = {}
         self._failed: list[str] = []
         self._names: set[Position] = set()
         self._paths = {id(module): path for path, module in model.named_modules()}
@@ -98,6 +101,9 @@ class Reading:
             )
         elif not self.obstacles and not self.traces.depends(output):
             self.obstacles.append(Obstacle("the logits do not come from the images by calls that can be seen"))
+        output_of = self._output(output)
+        self.captured.nodes = with_maxmin(self.captured.nodes, output_of)
+        self.obstacles.extend(self.parts[n.position] for n in self.captured.nodes if n.position in self.parts)
         self.obstacles.extend(Obstacle(f"{what} fails, and the network goes on", BY_VALUE) for what in self._failed)
         if not self.constants.are_as_they_were():
             self.obstacles.append(
@@ -105,8 +111,15 @@ class Reading:
             )
         if self.obstacles:
             raise Refusal(self.obstacles)
-        self.captured.output, self.captured.shape = self.position(output), output.shape[1:]
+        self.captured.output, self.captured.shape = output_of, output.shape[1:]
         return self.captured
+
+    def _output(self, output: Any) -> Position | None:
+        """The node that has made the output, if it is known."""
+        try:
+            return self.position(output) if isinstance(output, Tensor) and self.traces.depends(output) else None
+        except Stop:
+            raise Refusal(self.obstacles) from None
 
     # --- nodes -------------------------------------------------------------------------------------------------------
 

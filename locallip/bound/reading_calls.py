@@ -125,6 +125,8 @@ class Calls(TorchFunctionMode):
         inputs, (shape, *_) = zip(*before)
         name = f"{path}.{name_of(function)}" if path else name_of(function)
         position = reading.add(name, step.layer, inputs, shape)
+        if step.alone:
+            reading.parts[position] = Obstacle(f"{name_of(function)}{reading.where()} {step.alone}", reading.way_out())
         return position, shape if outermost else _shape_behind(step.layer, [shape for _, shape in before])
 
     # --- what is in the way ------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from local_bound import (
     rule,
 )
 from locallip.bound import rules
+from locallip.bound.layers import MaxMin
 from locallip.bound.nodes import Refusal
 
 
@@ -450,6 +451,76 @@ def test_a_class_that_shares_a_name_with_a_supported_one_is_named_with_its_modul
 
     with pytest.raises(TypeError, match=r"erf\(\) in \S*test_capture.Tanh at position 1.*nn.Tanh"):
         walk(settled(nn.Linear(6, 6), Tanh(), nn.Linear(6, CLASSES)), images(6), 0.1)
+
+
+# --- MaxMin by hand ---------------------------------------------------------------------------------------------------
+
+
+def _halves(x):
+    return x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]
+
+
+def _sorted_by(halves, larger=torch.max, smaller=torch.min):
+    def sort(x):
+        a, b = halves(x)
+        return torch.cat([larger(a, b), smaller(b, a)], dim=1)
+
+    return sort
+
+
+MAXMIN = {
+    "split": _sorted_by(lambda x: x.split(x.shape[1] // 2, 1)),
+    "chunk": _sorted_by(lambda x: x.chunk(2, dim=1), torch.maximum, torch.minimum),
+    "slices": _sorted_by(_halves, torch.Tensor.max, torch.Tensor.min),
+    "halves the other way round": _sorted_by(lambda x: _halves(x)[::-1]),
+}
+
+
+def _around(sort):
+    """The same network of maps and of features with a function or a layer in it."""
+    torch.manual_seed(3)
+    layers = nn.Conv2d(2, 6, 3), nn.Linear(6 * 16, 8), nn.Linear(8, CLASSES)
+    listed = [sort] if isinstance(sort, nn.Module) else []
+    return Called(lambda x, maps, dense, last, *_: last(sort(dense(sort(maps(x)).flatten(1)))), *layers, *listed)
+
+
+@pytest.mark.parametrize("name", MAXMIN)
+def test_maxmin_by_hand_is_maxmin(name):
+    x = images(2, 6, 6)
+    by_hand, by_layer = _around(MAXMIN[name]), _around(MaxMin())
+    kinds = [[type(node.layer) for node in Graph.of(model, x).hidden] for model in (by_hand, by_layer)]
+    assert kinds[0] == kinds[1]
+    assert_same_bound(by_hand, by_layer, x)
+    assert kinds[0].count(MaxMin) == 2
+
+
+NOT_MAXMIN = {
+    "the other order": lambda x: _sorted_by(_halves, torch.min, torch.max)(x),
+    "the larger twice": lambda x: _sorted_by(_halves, torch.max, torch.max)(x),
+    "other halves": lambda x: _sorted_by(lambda x: (x[:, ::2], x[:, 1::2]))(x),
+    "halves that overlap": lambda x: _sorted_by(lambda x: (x[:, :3], x[:, 2:5]))(x),
+    "one half twice": lambda x: _sorted_by(lambda x: (_halves(x)[0], _halves(x)[0]))(x),
+    "halves of two tensors": lambda x: _sorted_by(lambda x: (_halves(x)[0], _halves(2 * x)[1]))(x),
+    "a part of the channels": lambda x: F.pad(_sorted_by(lambda x: (x[:, :2], x[:, 2:4]))(x), (0, 2)),
+    "one side alone": lambda x: torch.cat([torch.max(*_halves(x)), _halves(x)[1]], 1),
+    "the larger used again": lambda x: (
+        lambda c, d: torch.cat([c, d], 1) + torch.cat([c, c], 1)
+    )(torch.max(*_halves(x)), torch.min(*_halves(x))),
+    "the larger as the output": lambda x: (lambda c, d: (torch.cat([c, d], 1), c)[1])(
+        torch.max(*_halves(x)), torch.min(*_halves(x))
+    ),
+    "the larger of a tensor and a number's": lambda x: torch.maximum(x, torch.zeros(6).double()),
+    "the largest": lambda x: x - x.max(dim=1, keepdim=True)[0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_MAXMIN)
+def test_the_larger_of_two_has_no_rule_elsewhere(name):
+    first, last = nn.Linear(6, 6), nn.Linear(6, CLASSES)
+    ends = name == "the larger as the output"
+    model = Called(lambda x, first, last: (nn.Identity() if ends else last)(NOT_MAXMIN[name](first(x))), first, last)
+    with pytest.raises(TypeError, match=r"(?s)(max|min)(imum)?\(\).*has no rule but in cat.*@rule"):
+        walk(model, images(6), 0.1)
 
 
 HEADS = {
