@@ -63,8 +63,10 @@ def _read(model: nn.Module, x: Tensor, origins: Origins) -> Captured:
             with Modules(reading).watching(), Calls(reading).watching():
                 output = model(reading.images)
         except Stop:
+            reading.join_parts()
             raise Refusal(reading.obstacles) from None
         except Exception as error:
+            reading.join_parts()
             if reading.obstacles:
                 raise Refusal(reading.obstacles) from error
             sizes = ", ".join(map(str, x.shape[1:]))

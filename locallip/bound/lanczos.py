@@ -13,8 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Steps after which is looked who has enough.
-_LOOKS = (4, 8, 16, 32)
+# Steps after which it is checked who has enough.
+_CHECKS = (4, 8, 16, 32)
+# What a share of a tiny probability may have underflowed from.
+_LEAST = 5e-324
 
 
 def inflation(dimension: Tensor, steps: int, probability: float) -> Tensor:
@@ -25,8 +27,8 @@ def inflation(dimension: Tensor, steps: int, probability: float) -> Tensor:
 
 def steps_for(dimension: int, probability: float, factor: float) -> int:
     """After how many steps the estimate of a norm need grow by no more than a factor above 1, see `inflation`."""
-    root = math.sqrt(1 - factor**-2)
-    return max(1, math.ceil((math.log(1.648 * math.sqrt(dimension) / probability) / root + 1) / 2))
+    chance = math.log(1.648) + math.log(dimension) / 2 - math.log(max(probability, _LEAST))
+    return max(1, math.ceil((chance / math.sqrt(1 - factor**-2) + 1) / 2))
 
 
 def largest_ritz_value(
@@ -58,19 +60,24 @@ def largest_ritz_value(
         exhausted = length <= 1e-12 * diagonal.abs().amax(dim=1)
         beside[:, step] = torch.where(exhausted, 0, length)
         if exhausted.any():
-            fresh, left = _normalized(_orthogonal(_normalized(draw()[places])[0], basis[:, : step + 1]))
+            fresh, rest = _normalized(_orthogonal(_normalized(draw()[places])[0], basis[:, : step + 1]))
             # In a space with no direction left, what is left of a vector is rounding.
-            fresh = torch.where((left > 1e-8)[:, None], fresh, 0)
+            fresh = torch.where((rest > 1e-8)[:, None], fresh, 0)
             vector = torch.where(exhausted[:, None], fresh, vector)
         is_last = step + 1 == steps
-        if is_last or (enough is not None and step + 1 in _LOOKS):
-            result[places] = _largest_eigenvalue(diagonal[:, : step + 1], beside[:, :step])
-            left = (result[places] < enough[places]).nonzero().squeeze(1) if enough is not None else places
-            if is_last or not len(left):
-                break
-            if len(left) < len(places):
-                places, vector, basis = places[left], vector[left], basis[left]
-                diagonal, beside = diagonal[left], beside[left]
+        if not (is_last or (enough is not None and step + 1 in _CHECKS)):
+            continue
+        result[places] = _largest_eigenvalue(diagonal[:, : step + 1], beside[:, :step])
+        if is_last:
+            break
+        going_on = (~(result[places] >= enough[places])).nonzero().squeeze(1)
+        if not len(going_on):
+            break
+        if len(going_on) < len(places):
+            places, vector = places[going_on], vector[going_on]
+            diagonal, beside = diagonal[going_on], beside[going_on]
+            basis[: len(going_on), : step + 1] = basis[going_on, : step + 1]
+            basis = basis[: len(going_on)]
     return result
 
 

@@ -4,8 +4,9 @@ Everything here is float64, whatever the defaults of the process are.
 
 * Whole norms: a dense layer's, and a small operator's, by singular values; another's by the smaller of a bound without
   chance (its `norm_bound`, for a convolution `torus.torus_norm`) and a long Lanczos run.
-* Masked norms: by Lanczos (`lanczos`) with a fixed number of steps from a start vector drawn after the mask is known;
-  those of a dense layer by singular values where these cost little more.
+* Masked norms: by Lanczos (`lanczos`) from a start vector drawn after the mask is known, in so many steps, or fewer
+  where these already show that the whole norm is as good; those of a dense layer by singular values where these cost
+  little more.
 
 Lanczos approaches a norm from below; the factor by which it can have fallen short is solved for at the probability that
 one norm of the run is allowed, and multiplied in.
@@ -131,11 +132,10 @@ class ProvenNorms:
         rows, columns = (None if mask is None else mask[rest] for mask in (rows, columns))
         # A subclass may apply its weight otherwise.
         directly = type(operator) is Dense and _STEPS_PER_SIDE * self.steps >= min(operator.weight.shape)
-        enough = whole.upper / operator.scale
         found = (
             _masked_dense(operator.scaled, rows, columns)
             if directly
-            else self._masked_by_lanczos(operator.scaled, rows, columns, enough)
+            else self._masked_by_lanczos(operator.scaled, rows, columns, whole.upper / operator.scale)
         )
         nothing_left = _is_empty(rows, len(rest), upper) | _is_empty(columns, len(rest), upper)
         lower[rest] = found.lower * operator.scale
@@ -192,9 +192,9 @@ class ProvenNorms:
         return Measured(lower.item(), upper.item(), sure.item(), absolute.item(), int(dimension), steps)
 
     def _masked_by_lanczos(
-        self, operator: LinearOperator, rows: Tensor | None, columns: Tensor | None, enough: Tensor
+        self, operator: LinearOperator, rows: Tensor | None, columns: Tensor | None, whole: Tensor
     ) -> Bracket:
-        """Brackets (N,). enough: upper ends from which on the whole norm, a scalar, is as good."""
+        """Brackets (N,), none of them above `whole`, a scalar that is at least the whole norm."""
         count = len(columns if rows is None else rows)
         share = self.budget.for_masked(count)
         dimension = min(operator.input_shape.numel(), operator.output_shape.numel())
@@ -202,7 +202,7 @@ class ProvenNorms:
         brackets = []
         for images in torch.arange(count, device="cpu").split(at_a_time):
             masks = [None if mask is None else mask[images.to(mask.device)] for mask in (rows, columns)]
-            brackets.append(self._lanczos(operator, *masks, len(images), share, enough))
+            brackets.append(self._lanczos(operator, *masks, len(images), share, whole))
         return Bracket(*(torch.cat(ends) for ends in zip(*brackets)))
 
     def _lanczos(
@@ -212,16 +212,17 @@ class ProvenNorms:
         columns: Tensor | None,
         count: int,
         probability: float,
-        enough: Tensor,
+        whole: Tensor,
     ) -> Bracket:
         """Brackets (count,) of ||D_rows W D_columns||; each upper end fails with at most this probability.
 
-        Those that come out above `enough` may be anything above it.
+        whole: at least ||W||, a scalar.
         """
-        factor = inflation(_dimensions(operator, rows, columns, count), self.steps, probability).to(enough.device)
-        found = self._krylov(operator, rows, columns, count, self.steps, self._generator, enough / factor)
-        # What was left off early has shown enough: all its steps would have shown no less.
-        return Bracket(found.lower, torch.where(factor.isinf(), factor, found.upper * factor))
+        factor = inflation(_dimensions(operator, rows, columns, count), self.steps, probability).to(whole.device)
+        found = self._krylov(operator, rows, columns, count, self.steps, self._generator, whole / factor)
+        # What was left off early is above the whole norm here already, as it would be after all its steps.
+        upper = torch.where(factor.isinf(), factor, found.upper * factor)
+        return Bracket(found.lower, torch.minimum(upper, whole))
 
     def _krylov(
         self,

@@ -102,8 +102,7 @@ class Reading:
         elif not self.obstacles and not self.traces.depends(output):
             self.obstacles.append(Obstacle("the logits do not come from the images by calls that can be seen"))
         output_of = self._output(output)
-        self.captured.nodes = with_maxmin(self.captured.nodes, output_of)
-        self.obstacles.extend(self.parts[n.position] for n in self.captured.nodes if n.position in self.parts)
+        self.join_parts(output_of)
         self.obstacles.extend(Obstacle(f"{what} fails, and the network goes on", BY_VALUE) for what in self._failed)
         if not self.constants.are_as_they_were():
             self.obstacles.append(
@@ -119,7 +118,13 @@ class Reading:
         try:
             return self.position(output) if isinstance(output, Tensor) and self.traces.depends(output) else None
         except Stop:
+            self.join_parts()
             raise Refusal(self.obstacles) from None
+
+    def join_parts(self, output: Position | None = None) -> None:
+        """Put calls that make a layer together in its place; those that are left over are in the way."""
+        self.captured.nodes = with_maxmin(self.captured.nodes, output)
+        self.obstacles.extend(self.parts[n.position] for n in self.captured.nodes if n.position in self.parts)
 
     # --- nodes -------------------------------------------------------------------------------------------------------
 

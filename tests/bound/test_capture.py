@@ -523,6 +523,30 @@ def test_the_larger_of_two_has_no_rule_elsewhere(name):
         walk(model, images(6), 0.1)
 
 
+def _changed_through_a_view(x):
+    x[:, :].mul_(2)
+    return x
+
+
+EARLY_ENDS = {
+    "a value": lambda x, y: y.sum().item() and x,
+    "a change in place": lambda x, y: _changed_through_a_view(2 * x),
+    "an error": lambda x, y: x[:, :5],
+}
+
+
+@pytest.mark.parametrize("name", EARLY_ENDS)
+def test_the_larger_of_two_is_named_wherever_the_run_ends(name):
+    first, last = nn.Linear(6, 6), nn.Linear(6, CLASSES)
+
+    def forward(x, first, last):
+        x = first(x)
+        return last(EARLY_ENDS[name](x, torch.maximum(x, 2 * x)))
+
+    with pytest.raises(Refusal, match=r"maximum\(\).*has no rule but in cat"):
+        walk(Called(forward, first, last), images(6), 0.1)
+
+
 HEADS = {
     "a tuple": lambda x, a, b: (a(x), b(x)),
     "a dictionary": lambda x, a, b: {"out": a(x), "aux": b(x)},

@@ -35,7 +35,7 @@ def test_the_inflation_solves_the_bound_of_kuczynski_and_wozniakowski(dimension,
 
 
 @more_examples
-@given(st.integers(1, 10**6), st.floats(1e-30, 0.5), st.floats(1.0001, 3))
+@given(st.integers(1, 10**6), st.floats(1e-300, 0.5), st.floats(1.0001, 3))
 def test_the_steps_for_an_inflation_are_the_fewest(dimension, probability, factor):
     steps, n = steps_for(dimension, probability, factor), torch.tensor([float(dimension)], dtype=torch.float64)
     assert inflation(n, steps, probability) <= factor * (1 + 1e-12)
@@ -98,3 +98,7 @@ def test_who_has_enough_is_left_off_and_the_others_come_to_the_same(n, k, seed):
     assert (early <= whole * (1 + 1e-9)).all()
     if k > 4 and n > 4:
         assert asked[4] < 6
+
+
+def test_a_share_that_has_underflowed_takes_finitely_many_steps():
+    assert steps_for(1000, 0.0, 1.06) == steps_for(1000, 5e-324, 1.06) < 2000

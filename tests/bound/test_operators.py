@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from contracts_of_operators import OperatorContract
+from hypothesis import given
 from hypothesis import strategies as st
-from oracles import batch, convolutions, dense_layers, matrix_of
+from oracles import batch, convolutions, dense_layers, matrix_of, more_examples
 from torch import nn
 
 from local_bound import certify, verify
+from locallip.bound import operators
 from locallip.bound.operators import Conv, Dense
 from locallip.bound.pooling import AveragePool, adaptive_windows, averages
 from locallip.bound.transposed import TransposedConv
@@ -35,6 +37,22 @@ class TestTransposedConv(OperatorContract):
         conv = draw(convolutions())
         bias = torch.randn(conv.input_shape[0], dtype=torch.float64) if draw(st.booleans()) else None
         return TransposedConv(Conv(conv.weight, None, 0, conv.input_shape, *conv.geometry()), bias)
+
+
+@more_examples
+@given(st.sampled_from([1, 2, 3]).flatmap(lambda dims: convolutions(dims=dims)), st.integers(1, 3))
+def test_images_are_convolved_some_at_a_time_as_all_at_once(conv, at_a_time):
+    bytes_of_one = 8 * conv.groups * conv.weight[0].numel() * conv.output_shape[1:].numel()
+    x = torch.randn(5, *conv.input_shape, dtype=torch.float64)
+    y = torch.randn(5, *conv.output_shape, dtype=torch.float64)
+    whole = conv.apply(x), conv.affine(x), conv.absolute(x), conv.adjoint(y)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operators, "_PATCHES", at_a_time * bytes_of_one)
+        parts = conv.apply(x), conv.affine(x), conv.absolute(x), conv.adjoint(y)
+        patch.setattr(torch, "cat", None)
+        with pytest.raises(TypeError):  # so it was in parts
+            conv.apply(x)
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-300)
 
 
 class TestAveragePool(OperatorContract):

@@ -16,6 +16,7 @@ from oracles import (
     with_spectrum,
 )
 
+from locallip.bound import lanczos, proven_norms
 from locallip.bound.budget import Budget
 from locallip.bound.composites import Branch, Sum
 from locallip.bound.norms import Arithmetic
@@ -381,3 +382,39 @@ def test_norms_that_allow_for_rounding_take_no_rounded_factors(rounded):
 def test_one_cannot_deploy_in_any_other_precision():
     with pytest.raises(ValueError, match="bfloat16"):
         ProvenNorms(SURELY, 10, deployed="bfloat16")
+
+
+# --- norms that cannot be below the whole one ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-100, 1e100])
+def test_norms_that_are_left_off_early_come_to_the_same(scale, monkeypatch):
+    conv = Conv(torch.randn(5, 3, 3, 3).double() * scale, None, 0, torch.Size([3, 7, 7]), 1, 1)
+    keep = torch.tensor([0.99, 0.02, 0.98, 0.05, 0.97, 0.1, 0.95, 0.2, 0.8, 0.5])
+    rows, columns = (torch.rand(10, *shape) < keep.view(-1, 1, 1, 1) for shape in (conv.output_shape, conv.input_shape))
+    asked = []
+
+    def ask(early):
+        def watched(gram, draw, steps, enough=None):
+            def count(v, places):
+                asked.append(len(places))
+                return gram(v, places)
+
+            return lanczos.largest_ritz_value(count, draw, steps, enough if early else None)
+
+        monkeypatch.setattr(proven_norms, "largest_ritz_value", watched)
+        norms = ProvenNorms(SURELY, 10, steps=40, seed=0)
+        whole = norms.whole(conv)
+        asked.clear()
+        return norms.masked(conv, rows, columns, whole), whole
+
+    late, _ = ask(early=False)
+    assert set(asked) == {10}
+    early, whole = ask(early=True)
+    assert asked[0] == 10 > asked[-1] > 0
+    torch.testing.assert_close(early.upper, late.upper, rtol=1e-12, atol=0)
+    true = norm_of(masked_matrix(conv, rows, columns))
+    assert (early.lower <= true).all()
+    assert (true <= early.upper).all()
+    assert (early.upper < whole.upper).any()
+    assert (early.upper == whole.upper).any()
