@@ -7,6 +7,7 @@ others.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class Activation(ABC):
     Attributes:
         elementwise: whether it treats every entry by itself. Entries that cannot vary then switch off rows of the
             linear layer before, not only columns of the one behind.
+        rests: whether outputs can stand still while inputs vary, at thresholds; there are no masks behind it otherwise.
         lipschitz: its Lipschitz constant, a number or a scalar tensor.
         rounding: by how much an output computed in float64 can be off from the exact one, whatever the input: 0 where
             the function only compares and chooses. None: nobody knows, and what allows for rounding refuses the
@@ -38,6 +40,7 @@ class Activation(ABC):
     """
 
     elementwise: bool = True
+    rests: bool = True
     lipschitz: Tensor | float = 1.0
     rounding: float | None = None
     relative_rounding: float = 0.0
@@ -196,6 +199,10 @@ class ClippedMaxMin(_Thresholds):
     high: Threshold
     pairs: ClassVar[bool] = True
     elementwise = False
+
+    @property
+    def rests(self) -> bool:
+        return any(isinstance(end, Tensor) or math.isfinite(end) for end in (self.low, self.high))
 
     def varying(self, lower: Tensor, upper: Tensor) -> Tensor:
         larger, smaller = _pair_ends(lower, upper)

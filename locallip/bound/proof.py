@@ -24,7 +24,8 @@ from locallip.bound.stages import DualStage, ProductStage, Question, Stage
 # behind the first two. In an evaluation of 10,000 images they take some 50, 100 and 250 Lanczos steps; with 25, which
 # have to allow for a third, the dual was asked about what the product decides for less (docs/log.md).
 _ALLOWANCES = (1.06, 1.013, 1.002)
-_BEFORE_DUAL = 2
+# By what share a Lipschitz constant has to be smaller for the dual to be asked once more.
+_LEAST_GAIN = 0.02
 # How far a proof goes: as far as the product of norms does, or on to the dual.
 EFFORTS = ("product", "dual")
 
@@ -32,25 +33,28 @@ EFFORTS = ("product", "dual")
 def proof_stages(graph: Graph, x: Tensor, norms: ProvenNorms, effort: str = "dual") -> list[Stage]:
     """Global norms, then local ones by more and more Lanczos steps, with the dual behind each.
 
-    Where no activation treats its entries one by one, masks switch off columns alone, and the dual proves as much with
-    global norms; it comes once then, right behind these. Where the dual cannot be asked (see `dual.around`), the stages
-    are those of the product. x: (N, ...) images, of which only shape and dtype count.
+    Where no activation treats its entries one by one, masks switch off columns alone, and the dual comes right behind
+    the global norms; with local ones it is asked again where these are smaller. Where the dual cannot be asked (see
+    `dual.around`), the stages are those of the product. x: (N, ...) images, of which only shape and dtype count.
 
     Raises:
         ValueError: for an effort of another name.
     """
     refuse_effort(effort)
     meanings = graph.meanings(x, norms.arithmetic)
+    steps = lanczos_steps(graph, x, norms)
     if effort == "product" or not is_chain(meanings):
-        return [_product_stage(norms, steps) for steps in (0, *lanczos_steps(graph, x, norms))]
-    if not any(isinstance(meaning, Activation) and meaning.elementwise for _, meaning in meanings):
-        return [replace(_product_stage(norms, 0), before_dual=True), DualStage()]
+        return [_product_stage(norms, number) for number in (0, *steps)]
+    activations = [meaning for _, meaning in meanings if isinstance(meaning, Activation)]
     # What fails by the product may hold by the dual, so only certificates settle anything before it.
-    stages: list[Stage] = [replace(_product_stage(norms, 0), from_below=False)]
-    for number, steps in enumerate(lanczos_steps(graph, x, norms)[:_BEFORE_DUAL]):
-        product = replace(_product_stage(norms, steps), before_dual=True, costly=number > 0)
-        stages += [product, DualStage(f"{DualStage.name}, {steps} Lanczos steps")]
-    return stages
+    whole = replace(_product_stage(norms, 0), from_below=False)
+    first, second = (replace(_product_stage(norms, number), before_dual=True) for number in steps[:2])
+    if any(activation.elementwise for activation in activations):
+        return [whole, first, _dual_stage(first), replace(second, costly=True), _dual_stage(second)]
+    whole = replace(whole, before_dual=True)
+    if not any(activation.rests for activation in activations):
+        return [whole, DualStage()]
+    return [whole, _dual_stage(whole), replace(first, costly=True, least_gain=_LEAST_GAIN), _dual_stage(first)]
 
 
 def lanczos_steps(graph: Graph, x: Tensor, norms: ProvenNorms) -> list[int]:
@@ -64,6 +68,10 @@ def refuse_effort(effort: str) -> None:
     """Refuse an effort of another name, with a ValueError."""
     if effort not in EFFORTS:
         raise ValueError(f"the effort must be one of {', '.join(EFFORTS)}, got '{effort}'")
+
+
+def _dual_stage(before: ProductStage) -> DualStage:
+    return DualStage(f"{DualStage.name}, {before.name.removeprefix('local, ')}")
 
 
 def _product_stage(norms: ProvenNorms, steps: int) -> ProductStage:

@@ -24,6 +24,7 @@ class SortedGroups(Activation):
 
     group_size: int
     elementwise = False
+    rests = False
     rounding = 0.0
 
     def __call__(self, x: Tensor) -> Tensor:

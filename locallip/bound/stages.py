@@ -108,6 +108,8 @@ class ProductStage(Stage):
         from_below: whether no lower end is above that of the last stage, so that what fails by them stays so.
         before_dual: whether the dual comes next; what fails by the product is open then.
         masks: whether the norms make use of masks.
+        least_gain: by what share the local Lipschitz constant has to be below the global one for the stages behind to
+            be asked; what stays open otherwise is settled so.
         costly: see `Stage`.
     """
 
@@ -116,6 +118,7 @@ class ProductStage(Stage):
     from_below: bool = True
     before_dual: bool = False
     masks: bool = True
+    least_gain: float = 0.0
     costly: bool = False
 
     def ask(self, question: Question, carried: Carried | None) -> Answer:
@@ -127,6 +130,9 @@ class ProductStage(Stage):
         if self.from_below and not self.before_dual:
             lowest = replace(bound, radius=epsilon * bound.lowest_hidden_lipschitz)
             settled = settled | ~(worst_margin(worst_logits(lowest, y, ROUNDS), y) > 0)
+        if self.least_gain:
+            most = (1 - self.least_gain) * bound.global_hidden_lipschitz
+            settled = settled | ~(bound.hidden_lipschitz <= most)
         rows, columns = eliminated(bound)
         found = {
             "logits": bound.logits,

@@ -1,6 +1,7 @@
 """Proven certificates: no margin too large, not one certified image that falls."""
 
 import functools
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -19,11 +20,11 @@ from torch import nn
 
 from locallip.bound.certificates import certify
 from locallip.bound.graph import Graph
-from locallip.bound.layers import ClampGroupSort, Normalize
+from locallip.bound.layers import ClampGroupSort, MaxMin, Normalize
 from locallip.bound.power_iteration import PowerIteration
 from locallip.bound.proof import EFFORTS, decide, lanczos_steps, proof_stages, prove, proven_norms
 from locallip.bound.proven_norms import ProvenNorms
-from locallip.bound.stages import DualStage, ProductStage, best_of, is_by_dual
+from locallip.bound.stages import DualStage, ProductStage, best_of, comes_before_better_norms, is_by_dual
 from locallip.bound.walk import propagate
 from locallip.bound.worst_case import worst_logits, worst_margin
 
@@ -189,11 +190,35 @@ def test_the_stages_of_a_product_are_those_of_the_lanczos_steps_and_a_dual_comes
     assert all(stage.norms.budget is norms.budget for stage in (*product, dual[0], dual[1], dual[3]))
 
 
-def test_where_masks_switch_off_columns_alone_the_dual_comes_behind_the_global_norms():
-    model = nn.Sequential(nn.Linear(4, 4), ClampGroupSort((4,), 0.3, -0.3), nn.Linear(4, 2)).double()
+@pytest.mark.parametrize("clips", [True, False])
+def test_where_masks_switch_off_columns_alone_the_dual_comes_behind_the_global_norms(clips):
+    sort = ClampGroupSort((4,), 0.3, -0.3) if clips else MaxMin()
+    model = nn.Sequential(nn.Linear(4, 4), sort, nn.Linear(4, 2)).double()
     stages = proof_stages(Graph.of(model), torch.zeros(1, 4).double(), ProvenNorms(SURELY, 10))
-    assert [type(stage) for stage in stages] == [ProductStage, DualStage]
+    assert [type(stage) for stage in stages] == [ProductStage, DualStage] * (2 if clips else 1)
     assert stages[0].norms.steps == 0
+    assert comes_before_better_norms(stages[1].name) is clips
+    if clips:
+        assert stages[2].norms.steps > 1
+        assert stages[2].costly
+
+
+def test_local_norms_of_clipped_maxmin_are_used_where_they_are_smaller_and_nothing_is_asked_where_they_are_not():
+    first, second, last = nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 3)
+    model = nn.Sequential(first, ClampGroupSort((32,), 1.0, -1.0), second, ClampGroupSort((32,), 1.0, -1.0), last)
+    model = model.double()
+    for layer in (first, second):
+        layer.weight.data *= 4
+    graph, x = Graph.of(model), 2 * torch.randn(64, 8, dtype=torch.float64)
+    y, norms = model(x).argmax(dim=1), ProvenNorms(SURELY, 10_000, seed=0)
+    stages = proof_stages(graph, x, norms)
+    better, before = decide(stages, graph, x, y, 0.08), decide(stages[:2], graph, x, y, 0.08)
+    assert (better.worst_margin > 0).sum() > (before.worst_margin > 0).sum() > 0
+    assert not ((before.worst_margin > 0) & ~(better.worst_margin > 0)).any()
+    asks_for_all = [*stages[:2], replace(stages[2], least_gain=1.0), stages[3]]
+    idle = decide(asks_for_all, graph, x, y, 0.08)
+    assert idle.seconds[3] == 0, "where nothing is gained the last stage is not asked"
+    assert (idle.stage[~(idle.worst_margin > 0)] == 2).all()
 
 
 class Asked(ProductStage):
