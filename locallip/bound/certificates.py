@@ -111,8 +111,8 @@ def certify(
 
     Whole norms are kept for later calls on the same weights (see `kept_norms`). Milliseconds an image by the product
     (by the dual) of two convolutions of 8 and 16 channels on 28x28 and two dense layers, untrained, one thread of
-    an EPYC (Zen 4): alone 340 the first time, then 7 (7) where the global norms decide, 20 (34) at epsilon 0.01 and
-    26 (89) at 0.05; in a call with a hundred 0.5 (0.5), 2 (7) and 7 (33).
+    an EPYC (Zen 3) beside other work, from the second call on: alone 20 (21) where the global norms decide, 72 (101)
+    at epsilon 0.01 and 54 (161) at 0.05; in a call with a hundred 1.5 (2.3), 8 (10) and 7 (39).
 
     Raises:
         TypeError: names all layers and calls without a rule, and whatever else is in the way of a certificate, each
